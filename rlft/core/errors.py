@@ -1,0 +1,26 @@
+"""The errors that rlft raises on purpose: each names the value and the cure."""
+
+from __future__ import annotations
+
+
+class RlftError(ValueError):
+  """Base of every error that rlft raises on purpose.
+
+  It derives from `ValueError`, so that code which catches the standard error works.
+  """
+
+
+class ConfigError(RlftError):
+  """A setting is unknown, has the wrong type or contradicts another one."""
+
+
+class DataError(RlftError):
+  """A data set, or one of its rows, cannot be used; names the file and the line."""
+
+
+class CheckpointError(RlftError):
+  """Model files are missing, damaged or do not describe the model they claim."""
+
+
+class RewardError(RlftError):
+  """A reward could not be computed; never turned into a reward of 0."""
