@@ -1,0 +1,89 @@
+"""Heads: functions on the trunk's hidden states.
+
+Letters: B rows, T tokens, E hidden size, V vocabulary.
+
+`[B, T, V]` is never held: log-probabilities are made a chunk of tokens at a time, and
+the backward pass makes each chunk again.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlft.models.decoder import DecoderConfig
+
+
+def lm_logits(params: dict, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+  """Logits of the next token in float32, before any temperature.
+
+  Args:
+    params: the decoder's parameters.
+    config: its architecture.
+    hidden: [..., E].
+
+  Returns:
+    float32 [..., V].
+  """
+  if config.tie_embeddings:
+    kernel, contract = params["embedding"], 1
+  else:
+    kernel, contract = params["head"], 0
+  logits = jax.lax.dot_general(
+    hidden,
+    kernel.astype(hidden.dtype),
+    (((hidden.ndim - 1,), (contract,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  if config.final_softcap:
+    logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
+  return logits
+
+
+def lm_logp(
+  params: dict,
+  config: DecoderConfig,
+  hidden_BTE: jax.Array,
+  targets_BT: jax.Array,
+  temperature: jax.Array | float = 1.0,
+  chunk_tokens: int = 2048,
+) -> jax.Array:
+  """Log-probability of each target: log softmax(logits / temperature)[target].
+
+  Args:
+    params: the decoder's parameters.
+    config: its architecture.
+    hidden_BTE: the state that predicts each target.
+    targets_BT: int32, the token that each state predicts.
+    temperature: scalar or [B], positive.
+    chunk_tokens: about how many tokens' logits are held at once.
+
+  Returns:
+    float32 [B, T], nats.
+  """
+  chex.assert_rank([hidden_BTE, targets_BT], [3, 2])
+  chex.assert_equal_shape_prefix([hidden_BTE, targets_BT], 2)
+  batch, length, _ = hidden_BTE.shape
+  # Chunks run along time, so that a sharded batch axis stays as it is.
+  span = max(1, min(length, chunk_tokens // batch))
+  chunks = -(-length // span)
+  pad = chunks * span - length
+  temperature_B1 = jnp.broadcast_to(
+    jnp.asarray(temperature, jnp.float32).reshape(-1, 1), (batch, 1)
+  )
+
+  def split(x):
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(batch, chunks, span, *x.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def one(hidden_BSE, targets_BS):
+    logits_BSV = lm_logits(params, config, hidden_BSE) / temperature_B1[..., None]
+    chosen_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    return chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
+
+  if chunks == 1:
+    return one(hidden_BTE, targets_BT)
+  logp = jax.lax.map(lambda xs: one(*xs), (split(hidden_BTE), split(targets_BT)))
+  return jnp.moveaxis(logp, 0, 1).reshape(batch, chunks * span)[:, :length]
