@@ -1,0 +1,44 @@
+"""Set before any test imports jax: the CPU, with 8 virtual devices for mesh tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+
+import pytest  # noqa: E402
+
+_BESIDE = Path(__file__).parents[2] / "shared" / "data"
+
+
+def _data() -> Path | None:
+  """Real data sets: $RLFT_DATA, else ../shared/data beside the checkout."""
+  path = Path(os.environ.get("RLFT_DATA") or _BESIDE)
+  return path if path.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+  """The directory of real data sets; the test is skipped, loudly, without it."""
+  path = _data()
+  if path is None:
+    pytest.skip(f"no real data: set RLFT_DATA, or put it at {_BESIDE}")
+  return path
+
+
+def pytest_report_header() -> str:
+  return f"real data: {_data() or 'MISSING, its tests are skipped (set RLFT_DATA)'}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+  skipped = terminalreporter.stats.get("skipped", [])
+  count = sum("no real data" in str(report.longrepr) for report in skipped)
+  if count:  # addopts is quiet: without this line nobody would see them
+    terminalreporter.write_line(
+      f"{count} tests of real data were SKIPPED: set RLFT_DATA", yellow=True
+    )
