@@ -1,0 +1,108 @@
+"""`rlft COMMAND ...`: finds the sub-command, and imports nothing but that one.
+
+A sub-command is a file of this folder that defines `SUMMARY` (a string literal),
+`add_arguments(parser)` and `run(args) -> int`. `args.overrides` holds the line's
+`--config.FIELD=VALUE`, for `config.from_args`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlft.core import platform
+from rlft.core.errors import ConfigError, RlftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command.
+
+  Args:
+    argv: the words after `rlft`; None takes them from the process.
+
+  Returns:
+    The exit code: the command's own; 2 for a mistake that rlft can name, which is then
+    one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 130 after Ctrl-C.
+  """
+  try:
+    return _dispatch(list(sys.argv[1:] if argv is None else argv))
+  except RlftError as error:
+    if os.environ.get("RLFT_TRACEBACK") == "1":
+      raise
+    print("rlft: error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("rlft: interrupted", file=sys.stderr)
+    return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+  from rlft.cli import config
+
+  argv, overrides = config.split_overrides(argv)
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(_help())
+    return 0 if argv else 2
+  if argv[0] == "--version":
+    import rlft
+
+    print("rlft", rlft.__version__)
+    return 0
+  name, summaries = argv[0], _summaries()
+  if name not in summaries:
+    near = difflib.get_close_matches(name, summaries, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    commands = ", ".join(summaries)
+    raise ConfigError(f"unknown command {name!r}{hint} (commands: {commands})")
+  platform.choose()  # before the command's module imports jax
+  command = importlib.import_module(f"rlft.cli.{name.replace('-', '_')}")
+  parser = argparse.ArgumentParser(
+    prog=f"rlft {name}",
+    description=command.__doc__ or command.SUMMARY,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    # An abbreviation that works today is ambiguous after the next release.
+    allow_abbrev=False,
+  )
+  command.add_arguments(parser)
+  args = parser.parse_args(argv[1:])
+  if overrides and not hasattr(args, "config"):
+    raise ConfigError(f"rlft {name} has no --config to override: {overrides[0][0]!r}")
+  args.overrides = overrides
+  return command.run(args)
+
+
+def _summaries() -> dict[str, str]:
+  """Command -> its SUMMARY, quickstart first; read from the source, not by import."""
+  found = {}
+  for path in Path(__file__).parent.glob("*.py"):
+    for node in ast.parse(path.read_bytes()).body:
+      if isinstance(node, ast.Assign | ast.AnnAssign):
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if isinstance(target, ast.Name) and target.id == "SUMMARY":
+          found[path.stem.replace("_", "-")] = ast.literal_eval(node.value)
+  return dict(sorted(found.items(), key=lambda item: (item[0] != "quickstart", item)))
+
+
+def _help() -> str:
+  summaries = _summaries()
+  width = max(map(len, summaries), default=0)
+  commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in summaries.items())
+  return f"""usage: rlft COMMAND [--config=FILE[:ARG]] [--config.FIELD=VALUE ...] [...]
+
+Reinforcement learning of language models in JAX.
+
+commands:
+{commands}
+
+`rlft COMMAND --help` tells what a command takes; `rlft --version` prints the version.
+"""
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,142 @@
+"""The dispatcher, with sub-commands planted in a copy of its folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlft
+
+COMMAND = '''"""Prints its settings.
+
+It has a docstring of 100% text.
+"""
+import dataclasses, sys
+from rlft.cli import config
+from rlft.core.errors import DataError
+
+SUMMARY = "say what was read"
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  steps: int = 1
+
+def add_arguments(parser):
+  config.add_arguments(parser, workdir="runs/planted")
+  parser.add_argument("--fail", choices=["data", "bug", "ctrl-c"])
+
+def run(args):
+  if args.fail == "data":
+    raise DataError("row 3 of\\n  x.jsonl is empty")
+  if args.fail == "bug":
+    raise ZeroDivisionError
+  if args.fail == "ctrl-c":
+    raise KeyboardInterrupt
+  print(config.from_args(args, Settings), args.workdir, "jax" in sys.modules)
+  return 7
+'''
+# Imports something heavy, and must not be touched by help or by another command.
+OTHER = "import jax\nSUMMARY: str = 'never imported'\nraise RuntimeError('imported')\n"
+BARE = (
+  "SUMMARY = 'no config'\ndef add_arguments(parser): pass\ndef run(args): return 0\n"
+)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+  root = tmp_path_factory.mktemp("checkout")
+  source = Path(rlft.__file__).parent
+  (root / "rlft" / "cli").mkdir(parents=True)
+  shutil.copy(source / "__init__.py", root / "rlft")
+  shutil.copytree(source / "core", root / "rlft" / "core")
+  for name in ("__init__.py", "main.py", "config.py"):
+    shutil.copy(source / "cli" / name, root / "rlft" / "cli")
+  for name, text in {"two_words": COMMAND, "other": OTHER, "bare": BARE}.items():
+    (root / "rlft" / "cli" / f"{name}.py").write_text(text)
+  return root
+
+
+def run(checkout: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+  code = "import sys; from rlft.cli.main import main; sys.exit(main())"
+  # -P and PYTHONPATH: the copy is imported whatever the working directory holds.
+  return subprocess.run(
+    [sys.executable, "-P", "-c", code, *args],
+    env={**os.environ, "PYTHONPATH": str(checkout), **env},
+    cwd=checkout,
+    capture_output=True,
+    text=True,
+    stdin=subprocess.DEVNULL,
+    timeout=60,
+  )
+
+
+def test_settings_reach_the_command_and_its_code_comes_back(checkout):
+  config = checkout / "c.py"
+  config.write_text(
+    "import ml_collections\n"
+    "def get_config(arg='2'): return ml_collections.ConfigDict({'steps': int(arg)})\n"
+  )
+  done = run(checkout, "two-words", "--config.steps=5", "--workdir=w")
+  assert (done.returncode, done.stdout) == (7, "Settings(steps=5) w False\n")
+  done = run(checkout, "two-words", f"--config={config}:9")
+  assert done.stdout == "Settings(steps=9) runs/planted False\n"
+  done = run(checkout, "--config.steps", "4", "two-words", f"--config={config}")
+  assert done.stdout == "Settings(steps=4) runs/planted False\n"
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (["two-words", "--fail=data"], "rlft: error: row 3 of x.jsonl is empty\n"),
+    (
+      ["two-words", "--config.step=1"],
+      "rlft: error: unknown field 'step'; did you mean 'steps'? (fields: steps)\n",
+    ),
+    (
+      ["tow-words"],
+      "rlft: error: unknown command 'tow-words'; did you mean 'two-words'? "
+      "(commands: bare, other, two-words)\n",
+    ),
+    (
+      ["bare", "--config.a=1"],
+      "rlft: error: rlft bare has no --config to override: 'a'\n",
+    ),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_2(checkout, args, message):
+  done = run(checkout, *args)
+  assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_tracebacks_on_request_and_for_bugs(checkout):
+  done = run(checkout, "two-words", "--fail=data", RLFT_TRACEBACK="1")
+  assert done.returncode == 1 and "Traceback" in done.stderr
+  done = run(checkout, "two-words", "--fail=bug")
+  assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_is_130(checkout):
+  done = run(checkout, "two-words", "--fail=ctrl-c")
+  assert (done.returncode, done.stderr) == (130, "rlft: interrupted\n")
+
+
+def test_help_imports_no_command(checkout):
+  done = run(checkout, "--help")
+  assert done.returncode == 0, done.stderr
+  for line in ("  two-words  say what was read", "  other      never imported"):
+    assert line in done.stdout
+  assert run(checkout).returncode == 2
+  help_ = run(checkout, "two-words", "--help").stdout
+  assert "It has a docstring of 100% text." in help_ and "--config FILE[:ARG]" in help_
+  done = run(checkout, "--version")
+  assert done.stdout == f"rlft {rlft.__version__}\n"
+
+
+def test_an_abbreviated_flag_is_refused(checkout):
+  done = run(checkout, "two-words", "--work=w")
+  assert done.returncode == 2 and "unrecognized arguments" in done.stderr
