@@ -1,0 +1,336 @@
+"""Models in and out: Hugging Face directories, hub ids and GGUF files.
+
+A model is checked from its headers before any array is made; code that comes with a
+checkpoint never runs, and pickles are not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlft.core import mesh as meshes
+from rlft.core.errors import CheckpointError, ConfigError
+from rlft.models import families, weights
+from rlft.models.decoder import Decoder, DecoderConfig
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = (
+  "*.json",
+  "*.safetensors",
+  "*.jinja",
+  "merges.txt",
+  "vocab.txt",
+  "tokenizer.model",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+# What `save` may replace: a directory with anything else in it is not ours.
+_SAVED = re.compile(
+  r"(generation_|tokenizer_|special_tokens_|added_)?(config|map|tokens)\.json"
+  r"|tokenizer\.(json|model)|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+  r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A model that can be sampled, scored, trained and saved.
+
+  Attributes:
+    model: the decoder; `model.apply({"params": params}, ...)`.
+    params: its parameters, a nested dict of arrays.
+    tokenizer: of the checkpoint; None when it has none (prompts are then token ids).
+    config: the architecture, `model.config`.
+    hf_config: config.json as it was read; empty for a model that rlft made.
+    generation_config: generation_config.json as it was read.
+    eos_ids: the tokens that end a completion; the tokenizer's own when not given.
+  """
+
+  model: Decoder
+  params: dict[str, Any]
+  tokenizer: PreTrainedTokenizerBase | None
+  config: DecoderConfig
+  hf_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  generation_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  eos_ids: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if not self.eos_ids and self.tokenizer is not None:
+      eos = self.tokenizer.eos_token_id
+      object.__setattr__(self, "eos_ids", () if eos is None else (eos,))
+
+
+def load(
+  path_or_id: str | os.PathLike[str], mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> Policy:
+  """Loads a model and its tokenizer.
+
+  Args:
+    path_or_id: a Hugging Face directory, a `.gguf` file, or a hub id ("owner/name").
+    mesh: where parameters live (see `core.mesh`); None is the default device.
+    dtype: of parameters and computation, float32 or bfloat16; files may hold float32,
+      float16 or bfloat16.
+
+  Returns:
+    The policy.
+
+  Raises:
+    CheckpointError: files are missing or damaged, the architecture is not supported,
+      or the tensors are not those that config.json describes.
+    ConfigError: the dtype or the mesh cannot be used.
+  """
+  dtype = _dtype(dtype)
+  if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
+    raise ConfigError(
+      f"the mesh has the axes {mesh.axis_names}; make it with rlft.core.mesh.make_mesh"
+    )
+  path = _locate(path_or_id)
+  if path.is_file():
+    from rlft.models import gguf
+
+    hf, generation = gguf.read_config(path), {}
+    source: weights.Source = weights.GGUFFile(path)
+  else:
+    hf = _json(path / "config.json")
+    generation = _json(path / "generation_config.json", optional=True)
+    families.resolve(hf)  # before the weights: its message is the better one
+    source = weights.Directory(path)
+  family = families.resolve(hf)
+  config = family.from_hf(hf)
+  if path.is_file():
+    tokenizer = gguf.read_tokenizer(path)
+  else:
+    tokenizer = _tokenizer(path)
+  if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    raise CheckpointError(
+      f"{path}: the tokenizer has {len(tokenizer)} tokens, but the embedding only "
+      f"{config.vocab_size} rows; the tokenizer belongs to another model, or tokens "
+      "were added without resizing the embedding"
+    )
+  model = Decoder(config, dtype=dtype, mesh=mesh)
+  return Policy(
+    model=model,
+    params=weights.read_params(source, family, model, mesh, dtype),
+    tokenizer=tokenizer,
+    config=config,
+    hf_config=hf,
+    generation_config=generation,
+    eos_ids=_eos_ids(generation, hf, config),
+  )
+
+
+def save(
+  policy: Policy, path: str | os.PathLike[str], max_shard_bytes: int = 5 * 10**9
+) -> None:
+  """Saves a model as a Hugging Face directory that `transformers` loads.
+
+  The directory appears whole or not at all: it is written beside its place and moved
+  there. A model that was saved there before is replaced.
+
+  Args:
+    policy: what to save; every process of a multi-host run calls this.
+    path: the directory.
+    max_shard_bytes: weights beyond this go to several files with an index.
+
+  Raises:
+    CheckpointError: the path holds something other than a saved model, or the
+      parameters are not finite or not the model's.
+    ConfigError: no Hugging Face architecture computes the policy's config.
+  """
+  path = pathlib.Path(path)
+  _check_replaceable(path)
+  hf = _config_to_save(policy)
+  family = families.resolve(hf)
+  lead = jax.process_index() == 0
+  if not lead:
+    weights.write_params(
+      policy.params, family, policy.model, path, max_shard_bytes, write=False
+    )
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+  try:
+    weights.write_params(policy.params, family, policy.model, new, max_shard_bytes)
+    _write_json(new / "config.json", hf)
+    generation = dict(policy.generation_config)
+    if policy.eos_ids:
+      ids = list(policy.eos_ids)
+      generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    if generation:
+      _write_json(new / "generation_config.json", generation)
+    if policy.tokenizer is not None:
+      policy.tokenizer.save_pretrained(new)
+    new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+    _replace(new, path)
+  except BaseException:
+    shutil.rmtree(new, ignore_errors=True)
+    raise
+
+
+# ------------------------------------------------------------------------ reading
+
+
+def _dtype(dtype: Any) -> Any:
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    found = None
+  if found not in (jnp.float32, jnp.bfloat16):
+    raise ConfigError(f"dtype={dtype!r} cannot be used; choose float32 or bfloat16")
+  return found
+
+
+def _locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
+  path = pathlib.Path(path_or_id)
+  if path.is_dir():
+    return path
+  name = str(path_or_id)
+  if path.is_file():
+    if path.suffix != ".gguf":
+      raise CheckpointError(
+        f"{path} is a file, but not a .gguf; pass the directory that holds config.json"
+      )
+    return path
+  if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+    raise CheckpointError(f"there is no model at {path.absolute()}")
+  return _download(name)
+
+
+def _download(name: str) -> pathlib.Path:
+  import huggingface_hub
+
+  try:
+    found = huggingface_hub.snapshot_download(
+      name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
+    )
+  # The client raises the errors of several libraries for one cause.
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0]
+    raise CheckpointError(
+      f"there is no directory {name!r} here, and the Hugging Face hub did not give a "
+      f"model of that name ({type(error).__name__}: {reason}). Check the name and the "
+      "connection (HF_HUB_OFFLINE), log in if the model is gated, or pass a directory"
+    ) from error
+  return pathlib.Path(found)
+
+
+def _json(path: pathlib.Path, optional: bool = False) -> dict[str, Any]:
+  if not path.is_file():
+    if optional:
+      return {}
+    raise CheckpointError(f"{path.parent} is not a model: it has no {path.name}")
+  try:
+    value = json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise CheckpointError(f"{path} must hold a JSON object")
+  return value
+
+
+def _tokenizer(path: pathlib.Path) -> PreTrainedTokenizerBase | None:
+  if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    return None
+  settings = _json(path / "tokenizer_config.json", optional=True)
+  if settings.get("auto_map"):
+    raise CheckpointError(
+      f"{path}/tokenizer_config.json has an 'auto_map': the tokenizer wants to run "
+      "Python code that comes with the checkpoint. rlft never runs it"
+    )
+  from transformers import AutoTokenizer
+
+  try:
+    return AutoTokenizer.from_pretrained(
+      str(path), local_files_only=True, trust_remote_code=False
+    )
+  # tokenizers raises bare Exception for a damaged file.
+  except Exception as error:
+    reason = str(error).strip().split("\n")[0]
+    raise CheckpointError(
+      f"{path}: the tokenizer cannot be read ({type(error).__name__}: {reason}); rlft "
+      "needs tokenizer.json, which AutoTokenizer.save_pretrained writes"
+    ) from error
+
+
+def _eos_ids(generation, hf, config: DecoderConfig) -> tuple[int, ...]:
+  ids = generation.get("eos_token_id", hf.get("eos_token_id"))
+  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  for i in ids:
+    if type(i) is not int or not 0 <= i < config.vocab_size:
+      raise CheckpointError(
+        f"eos_token_id={i!r} is not a token of a vocabulary of {config.vocab_size}"
+      )
+  return tuple(ids)
+
+
+# ------------------------------------------------------------------------ writing
+
+
+def _config_to_save(policy: Policy) -> dict[str, Any]:
+  """config.json: as it was read where it still holds, else from the config."""
+  old = policy.hf_config
+  like = families.resolve(old) if old else None
+  if like is not None and like.from_hf(old) == policy.config:
+    hf = {key: value for key, value in old.items() if key != "torch_dtype"}
+  else:
+    hf = families.to_hf(policy.config, like)
+    if old:
+      hf |= {key: old[key] for key in _TOKEN_IDS if key in old}
+    elif policy.tokenizer is not None:
+      hf |= {key: getattr(policy.tokenizer, key) for key in _TOKEN_IDS}
+  hf["dtype"] = str(policy.params["embedding"].dtype)
+  return hf
+
+
+def _check_replaceable(path: pathlib.Path) -> None:
+  if path.is_file():
+    raise CheckpointError(f"{path} is a file; give a directory")
+  if not path.is_dir():
+    return
+  foreign = sorted(p.name for p in path.iterdir() if not _SAVED.fullmatch(p.name))
+  if foreign:
+    raise CheckpointError(
+      f"{path} holds {foreign[0]!r}, which is not part of a saved model and would be "
+      "deleted; save to a new directory"
+    )
+
+
+def _replace(new: pathlib.Path, path: pathlib.Path) -> None:
+  if path.exists():
+    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(old / "old")
+    new.rename(path)
+    shutil.rmtree(old)
+  else:
+    new.rename(path)
+  with contextlib.suppress(OSError):  # not every file system can
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

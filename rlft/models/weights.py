@@ -1,0 +1,435 @@
+"""Parameters in and out of checkpoint files, one tensor at a time.
+
+Names, layouts and shapes come from the family's table; this module moves the bytes.
+Everything that headers can tell is checked before the first array is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from rlft.core import mesh as meshes
+from rlft.core.errors import CheckpointError
+from rlft.models import decoder, tensorfile
+from rlft.models.decoder import Decoder, DecoderConfig
+from rlft.models.families import Family, Weight
+
+# Buffers that older versions of transformers saved: masks and rotary tables.
+_BUFFER = re.compile(
+  r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$"
+)
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Source(Protocol):
+  """Named tensors in a file or several."""
+
+  def names(self) -> set[str]:
+    """All names."""
+
+  def where(self, name: str) -> str:
+    """The file that holds a tensor, for messages."""
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Shape of a tensor, from a header."""
+
+  def dtype(self, name: str) -> str:
+    """Name of its dtype, from a header."""
+
+  def chunks(self, name: str, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a tensor; in one piece when `whole`."""
+
+
+class Directory:
+  """The safetensors files of a Hugging Face directory."""
+
+  def __init__(self, path: pathlib.Path):
+    self._files: dict[str, tensorfile.TensorFile] = {}
+    if (path / INDEX).is_file():
+      self._read_index(path)
+    elif (path / SINGLE).is_file():
+      file = tensorfile.TensorFile(path / SINGLE)
+      self._files = dict.fromkeys(file, file)
+    else:
+      raise _no_weights(path)
+
+  def _read_index(self, path: pathlib.Path) -> None:
+    index = path / INDEX
+    try:
+      names = json.loads(index.read_bytes())["weight_map"]
+      by_file: dict[str, list[str]] = {}
+      for name, file in names.items():
+        by_file.setdefault(file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise CheckpointError(f"{index} is damaged: it has no 'weight_map'") from error
+    for file in by_file:
+      if pathlib.PurePath(file).name != file:  # no way out of the directory
+        raise CheckpointError(f"{index} names {file!r}, which is not a plain file name")
+    missing = sorted(file for file in by_file if not (path / file).is_file())
+    if missing:
+      raise CheckpointError(
+        f"{path} lacks {len(missing)} of {len(by_file)} weight files that its index "
+        f"names: {', '.join(missing[:5])}; fetch them again"
+      )
+    for file, names_in_file in by_file.items():
+      opened = tensorfile.TensorFile(path / file)
+      absent = sorted(set(names_in_file) - set(opened))
+      if absent:
+        raise CheckpointError(
+          f"{path / file} lacks {len(absent)} tensors that the index promises: "
+          f"{', '.join(absent[:5])}"
+        )
+      self._files |= dict.fromkeys(names_in_file, opened)
+
+  def names(self) -> set[str]:
+    return set(self._files)
+
+  def where(self, name: str) -> str:
+    return str(self._files[name].path)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._files[name].shape(name)
+
+  def dtype(self, name: str) -> str:
+    return self._files[name].infos[name].dtype
+
+  def chunks(self, name: str, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
+    return self._files[name].chunks(name, whole)
+
+
+def _no_weights(path: pathlib.Path) -> CheckpointError:
+  files = sorted(p.name for p in path.iterdir())
+  pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+  ggufs = [f for f in files if f.endswith(".gguf")]
+  if pickles:
+    return CheckpointError(
+      f"{path} holds its weights only as {pickles[0]}: a pickle, which can run code, "
+      "so rlft does not read it. Convert it where torch is installed: python -c "
+      '"from transformers import AutoModelForCausalLM as M; '
+      f"M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
+    )
+  if ggufs:
+    return CheckpointError(f"{path} holds GGUF files: pass {path / ggufs[0]} itself")
+  return CheckpointError(
+    f"{path} holds neither {SINGLE} nor {INDEX}; it has: {', '.join(files[:8])}"
+  )
+
+
+class GGUFFile:
+  """The tensors of a GGUF file, dequantised one at a time."""
+
+  def __init__(self, path: pathlib.Path):
+    from rlft.models import gguf
+
+    self._path, self._tensors = path, gguf.tensors(path)
+
+  def names(self) -> set[str]:
+    return set(self._tensors)
+
+  def where(self, name: str) -> str:
+    return str(self._path)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self._tensors.shape(name)
+
+  def dtype(self, name: str) -> str:
+    return "F32"
+
+  def chunks(self, name: str, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
+    yield 0, self._tensors[name]
+
+
+# ------------------------------------------------------------------------ import
+
+
+def read_params(
+  source: Source, family: Family, model: Decoder, mesh: Mesh | None, dtype: Any
+) -> dict:
+  """Reads the parameters of a model into (sharded) arrays.
+
+  Host memory beyond the arrays themselves is one tensor or 32 MiB of rows; on an
+  accelerator it is one stacked parameter.
+
+  Args:
+    source: the tensors.
+    family: whose names they have.
+    model: the decoder; its config says what there must be.
+    mesh: where the arrays live, by the rules of `core.mesh`; None is one device.
+    dtype: of the arrays.
+
+  Returns:
+    The nested dict of parameters.
+
+  Raises:
+    CheckpointError: tensors are missing, unexpected, of a wrong shape or dtype, or not
+      finite; each named.
+  """
+  shapes = _flat(decoder.param_shapes(model))
+  axes = _flat(decoder.param_axes(model))
+  rows = _rows(family, shapes)
+  names = _names(source, family)
+  _check(source, rows, names, shapes, model.config)
+  params = {}
+  for path, weight in rows.items():
+    shape = shapes[path].shape
+    sharding = None if mesh is None else meshes.sharding(mesh, axes[path], shape)
+    params[path] = _read(source, weight, names, shape, sharding, model.config, dtype)
+  return _nest(params)
+
+
+def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.Array:
+  placed = sharding or SingleDeviceSharding(jax.devices()[0])
+  places = placed.addressable_devices_indices_map(shape)
+  ranges = {
+    device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+    for device, index in places.items()
+  }
+  buffers = {box: _aligned([b - a for a, b in box], dtype) for box in ranges.values()}
+  heads = config.heads
+  # A slab is what one tensor holds: a layer of a stacked parameter, or all of it.
+  row_axis = len(shape) - 1 if weight.transpose else int(weight.stacked)
+  for layer in range(shape[0]) if weight.stacked else (0,):
+    name = names[weight.name.format(layer)]
+    for first, chunk in source.chunks(name, whole=weight.part is not None):
+      if not _finite(chunk):
+        raise CheckpointError(
+          f"{source.where(name)}: the tensor {name!r} holds NaN or infinite values"
+        )
+      value = weight.take(chunk, heads)
+      slab = [(layer, layer + 1)] if weight.stacked else []
+      slab += [(0, n) for n in value.shape]
+      if weight.part is None and chunk.ndim:
+        slab[row_axis] = (first, first + chunk.shape[0])
+      value = value[None] if weight.stacked else value
+      for box, buffer in buffers.items():
+        common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, slab)]
+        if all(a < b for a, b in common):
+          at = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(common, box))
+          of = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(common, slab))
+          buffer[at] = value[of]
+  # Aligned buffers become arrays without a copy on CPU. Elsewhere they are copied:
+  # wait, so that they are freed before the next ones are made.
+  if sharding is None:
+    return jax.block_until_ready(jax.device_put(*buffers.values()))
+  arrays = [jax.device_put(buffers[box], device) for device, box in ranges.items()]
+  array = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+  return jax.block_until_ready(array)
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
+  """An uninitialised array at a multiple of 64 bytes, as XLA wants it."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _finite(x: np.ndarray) -> bool:
+  if x.dtype == tensorfile.DTYPES["BF16"]:  # all bits of the exponent: inf or NaN
+    bits = x.view(np.uint16) & 0x7F80
+    return not (bits == 0x7F80).any()
+  return bool(np.isfinite(x).all())
+
+
+def _rows(family: Family, paths: Any) -> dict[str, Weight]:
+  """The family's row of each parameter."""
+  table = {weight.path: weight for weight in family.weights}
+  lacking = sorted(set(paths) - set(table))
+  if lacking:
+    raise CheckpointError(
+      f"a {family.architecture} checkpoint has no place for the parameters {lacking}"
+    )
+  return {path: table[path] for path in paths}
+
+
+def _names(source: Source, family: Family) -> dict[str, str]:
+  """The table's name of each tensor -> the source's, which may lack the prefix."""
+  names = source.names()
+  if any(name.startswith(family.prefix) for name in names):
+    return {name: name for name in names}
+  heads = {w.name for w in family.weights if w.path == "head"}
+  return {name if name in heads else family.prefix + name: name for name in names}
+
+
+def _check(source, rows, names, shapes, config: DecoderConfig) -> None:
+  expected = {}
+  for path, weight in rows.items():
+    shape = shapes[path].shape
+    for layer in range(shape[0]) if weight.stacked else (0,):
+      inner = shape[1:] if weight.stacked else shape
+      expected[weight.name.format(layer)] = weight.hf_shape(inner)
+  missing = sorted(set(expected) - set(names))
+  if missing:
+    raise CheckpointError(
+      f"{len(missing)} of {len(expected)} tensors are missing: "
+      f"{', '.join(missing[:5])}; the checkpoint is incomplete, or its config.json "
+      "describes another model"
+    )
+  extra = sorted(
+    name for name in set(names) - set(expected) if not _BUFFER.search(name)
+  )
+  if config.tie_embeddings and extra in (["lm_head.weight"], ["embed_out.weight"]):
+    tied = names[rows["embedding"].name]
+    _check_tied(source, names[extra[0]], tied)
+    extra = []
+  if extra:
+    raise CheckpointError(
+      f"{len(extra)} tensors have no place in the model that config.json describes: "
+      f"{', '.join(extra[:5])}; nothing is dropped silently"
+    )
+  for name, shape in expected.items():
+    found, dtype = source.shape(names[name]), source.dtype(names[name])
+    where = source.where(names[name])
+    if tuple(found) != tuple(shape):
+      raise CheckpointError(
+        f"{where}: the tensor {name!r} has the shape {tuple(found)}, but config.json "
+        f"makes it {tuple(shape)}"
+      )
+    if dtype not in tensorfile.DTYPES:
+      raise CheckpointError(
+        f"{where}: the tensor {name!r} has the dtype {dtype}; supported: "
+        f"{', '.join(tensorfile.DTYPES)}. Quantised weights must be dequantised first"
+      )
+
+
+def _check_tied(source: Source, head: str, embedding: str) -> None:
+  """A tied model may repeat its embedding as the head; then they must be equal."""
+  same = source.shape(head) == source.shape(embedding)
+  same = same and source.dtype(head) == source.dtype(embedding)
+  pairs = zip(source.chunks(head, False), source.chunks(embedding, False))
+  if not same or not all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs):
+    raise CheckpointError(
+      f"{source.where(head)}: {head!r} differs from {embedding!r}, but config.json "
+      "ties them; set 'tie_word_embeddings' to false there to use both"
+    )
+
+
+# ------------------------------------------------------------------------ export
+
+
+def write_params(
+  params: dict,
+  family: Family,
+  model: Decoder,
+  path: pathlib.Path,
+  max_shard_bytes: int,
+  write: bool = True,
+) -> None:
+  """Writes parameters as safetensors, in several files beyond `max_shard_bytes`.
+
+  With parameters on several hosts, every process calls this and one has `write`.
+
+  Raises:
+    CheckpointError: a parameter is missing, unexpected, misshapen or not finite.
+  """
+  flat, shapes = _flat(params), _flat(decoder.param_shapes(model))
+  rows = _rows(family, shapes)
+  if set(flat) != set(shapes):
+    raise CheckpointError(
+      f"params lack {sorted(set(shapes) - set(flat))} and have the unexpected "
+      f"{sorted(set(flat) - set(shapes))}"
+    )
+  tensors: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+  parts: dict[str, list[tuple[Weight, int]]] = {}
+  for path_, weight in rows.items():
+    leaf, shape = flat[path_], shapes[path_].shape
+    if leaf.shape != shape or np.dtype(leaf.dtype) not in tensorfile.DTYPES.values():
+      raise CheckpointError(
+        f"the parameter {path_!r} is {leaf.dtype} {leaf.shape}; the model makes it a "
+        f"float of shape {shape}"
+      )
+    for layer in range(shape[0]) if weight.stacked else (0,):
+      name = weight.name.format(layer)
+      inner = shape[1:] if weight.stacked else shape
+      tensors[name] = (np.dtype(leaf.dtype), weight.hf_shape(inner))
+      parts.setdefault(name, []).append((weight, layer))
+
+  def value(name: str) -> np.ndarray:
+    dtype, shape = tensors[name]
+    out = np.empty(shape, dtype)
+    for weight, layer in parts[name]:
+      leaf = flat[weight.path]
+      weight.put(
+        out, _host(leaf, layer if weight.stacked else None), model.config.heads
+      )
+    if not _finite(out):
+      raise CheckpointError(f"the weights of {name!r} are not finite: not saved")
+    return out
+
+  files = _split(tensors, max_shard_bytes)
+  for file, names in files.items():
+    chosen = {name: tensors[name] for name in names}
+    if write:
+      tensorfile.write(path / file, chosen, map(value, names))
+    else:  # takes part in gathering
+      for name in names:
+        value(name)
+  if len(files) > 1 and write:
+    total = sum(_bytes(entry) for entry in tensors.values())
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _host(leaf: Any, layer: int | None) -> np.ndarray:
+  """A parameter, or one layer of it, on the host."""
+  if layer is not None:
+    leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return np.asarray(leaf)
+
+
+def _bytes(entry: tuple[np.dtype, tuple[int, ...]]) -> int:
+  return math.prod(entry[1]) * entry[0].itemsize
+
+
+def _split(tensors: dict, limit: int) -> dict[str, list[str]]:
+  """File name -> tensors, each file within `limit` unless one tensor is beyond it."""
+  groups: list[list[str]] = [[]]
+  used = 0
+  for name, entry in tensors.items():
+    if groups[-1] and used + _bytes(entry) > limit:
+      groups.append([])
+      used = 0
+    groups[-1].append(name)
+    used += _bytes(entry)
+  if len(groups) == 1:
+    return {SINGLE: groups[0]}
+  return {
+    f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+    for i, names in enumerate(groups, 1)
+  }
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+  out = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      out |= _flat(value, f"{prefix}{key}/")
+    else:
+      out[prefix + key] = value
+  return out
+
+
+def _nest(flat: dict[str, Any]) -> dict:
+  out: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, last = path.split("/")
+    node = out
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return out
