@@ -1,0 +1,200 @@
+"""The record of a run: metrics by step, and where the time went."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RECORD = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+_FLUSH_SECONDS = 10.0
+_RESERVED = ("step", "samples", "time")
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+_log = logging.getLogger(__name__)
+
+
+class MetricWriter:
+  """Writes metrics to `metrics.jsonl`, the record, and to tensorboard, a view of it.
+
+  A line is one flat JSON object: `step`, `samples`, `time`, then name -> number. JSON
+  has no NaN, and a metric that is NaN must not vanish, so that the strings "NaN",
+  "Infinity" and "-Infinity" stand for them: `float()` reads them back, as `read` does.
+
+  Every line is one unbuffered write at the end of the file: a killed run loses nothing
+  that was written, and a resumed one goes on in the same file. A tensorboard writer
+  that fails is dropped with one warning; a full disk under the record raises.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    tensorboard: bool = True,
+    clock: Callable[[], float] = time.time,
+  ):
+    """Opens the record.
+
+    Args:
+      workdir: the run's directory, made if missing.
+      tensorboard: whether to write event files under `workdir`/tensorboard as well.
+      clock: seconds since the epoch.
+    """
+    self._path = Path(workdir) / RECORD
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = self._path.open("ab+", buffering=0)
+    _drop_torn_line(self._file)
+    self._clock = clock
+    self._view: Any = None
+    self._viewing = tensorboard
+    self._next_flush = 0.0
+
+  def write(self, step: int, metrics: Mapping[str, Any], samples: int = 0) -> None:
+    """Appends one line.
+
+    Args:
+      step: the update that the metrics belong to.
+      metrics: name -> scalar. Reading a jax scalar waits for its computation, so write
+        the metrics of step n-1 while step n runs.
+      samples: solutions sampled from a model since the start of the run.
+
+    Raises:
+      ValueError: a name is taken by the record, or a value is not one number.
+    """
+    line: dict[str, Any] = {"step": int(step), "samples": int(samples)}
+    line["time"] = now = round(self._clock(), 3)
+    values = {name: _number(name, value) for name, value in metrics.items()}
+    for name, value in values.items():
+      line[name] = value if math.isfinite(value) else _spell(value)
+    self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+    if self._viewing:
+      self._show(step, now, values)
+
+  def _show(self, step: int, now: float, values: Mapping[str, float]) -> None:
+    """Writes one event, in this thread.
+
+    Not by `SummaryWriter`: it hands events to a thread through a bounded queue, and
+    once that thread has died of an error the eleventh event blocks for ever.
+    """
+    try:
+      from tensorboardX.event_file_writer import EventsWriter
+      from tensorboardX.proto.event_pb2 import Event
+      from tensorboardX.proto.summary_pb2 import Summary
+
+      if self._view is None:
+        directory = self._path.parent / TENSORBOARD
+        directory.mkdir(exist_ok=True)
+        # The name has whole seconds: without the pid two runs could share a file.
+        self._view = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+      points = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+      summary = Summary(value=points)
+      self._view.write_event(Event(wall_time=now, step=int(step), summary=summary))
+      if now >= self._next_flush:  # a flush is an fsync: too slow for every step
+        self._view.flush()
+        self._next_flush = now + _FLUSH_SECONDS
+    except Exception as error:  # whatever a view raises, training goes on
+      self._viewing = False
+      _log.warning(
+        "tensorboard stopped at step %d (%r); %s goes on", step, error, self._path
+      )
+
+  def close(self) -> None:
+    """Closes both files; safe to call twice."""
+    self._file.close()
+    view, self._view, self._viewing = self._view, None, False
+    if view is not None:
+      try:
+        view.close()
+      except Exception as error:
+        _log.warning("tensorboard did not close (%r); %s is whole", error, self._path)
+
+  def __enter__(self) -> MetricWriter:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self.close()
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The lines that `MetricWriter` wrote, oldest first; a torn last one is left out."""
+  path = Path(workdir) / RECORD
+  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+  return [
+    {
+      name: _NONFINITE.get(value, value) if isinstance(value, str) else value
+      for name, value in json.loads(line).items()
+    }
+    for line in lines
+  ]
+
+
+def _number(name: str, value: Any) -> float:
+  if name in _RESERVED:
+    raise ValueError(f"metric {name!r}: the record uses this name, choose another")
+  if getattr(value, "shape", ()) != ():
+    raise ValueError(f"metric {name!r} has shape {value.shape}: write one number")
+  try:
+    return float(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"metric {name!r} is {value!r}: write one number") from error
+
+
+def _spell(value: float) -> str:
+  return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _drop_torn_line(file: Any) -> None:
+  """Cuts what follows the last newline: half a line, of a run killed as it wrote."""
+  end = file.seek(0, os.SEEK_END)
+  start = max(0, end - (1 << 20))  # no line is longer
+  file.seek(start)
+  tail = file.read()
+  keep = start + tail.rfind(b"\n") + 1
+  if keep < end:
+    _log.warning("%s ends in half a line (%d bytes), dropped", file.name, end - keep)
+    file.truncate(keep)
+
+
+class PhaseTimers:
+  """Seconds per phase, without overlap: the phases and `idle` add up to the wall time.
+
+  A phase that is entered inside another one stops the outer clock until it ends. jax
+  returns before the device is done: wait for a result inside the phase that made it.
+  """
+
+  def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    self._clock = clock
+    self._seconds: dict[str, float] = {}
+    self._stack = ["idle"]
+    self._since = clock()
+
+  @contextlib.contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Charges the time inside the `with` to `name`; the same name may come again."""
+    self._charge()
+    self._stack.append(name)
+    try:
+      yield
+    finally:
+      self._charge()
+      self._stack.pop()
+
+  def pop(self) -> dict[str, float]:
+    """Seconds per phase since the last call, as `time/NAME`; starts again from 0."""
+    self._charge()
+    seconds, self._seconds = self._seconds, {}
+    return {f"time/{name}": value for name, value in seconds.items()}
+
+  def _charge(self) -> None:
+    now = self._clock()
+    if now > self._since:
+      name = self._stack[-1]
+      self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+    self._since = now

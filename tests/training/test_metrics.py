@@ -1,0 +1,179 @@
+"""The record survives kills, odd numbers and broken views; phases add up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboardX.event_file_writer import EventsWriter
+
+from rlft.training import metrics
+
+
+def test_a_line_is_strict_json_and_reads_back(tmp_path):
+  clock = iter([1.0, 2.5]).__next__
+  with metrics.MetricWriter(tmp_path / "run", tensorboard=False, clock=clock) as writer:
+    writer.write(3, {"loss": np.float32(0.5), "eos": True}, samples=64)
+    assert len(metrics.read(tmp_path / "run")) == 1  # on disk before close
+    writer.write(4, {"loss": math.nan, "kl": -math.inf, "lr": math.inf})
+  text = (tmp_path / "run" / metrics.RECORD).read_text()
+
+  def refuse(constant):
+    raise AssertionError(f"not JSON: {constant}")
+
+  first, second = (json.loads(t, parse_constant=refuse) for t in text.splitlines())
+  assert first == {"step": 3, "samples": 64, "time": 1.0, "loss": 0.5, "eos": 1.0}
+  assert second["loss"] == "NaN" and second["kl"] == "-Infinity"
+  _, back = metrics.read(tmp_path / "run")
+  assert math.isnan(back["loss"]) and back["lr"] == math.inf and back["step"] == 4
+
+
+def test_jax_scalars_are_numbers(tmp_path):
+  import jax.numpy as jnp
+
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, {"loss": jnp.float32(2.0), "low": jnp.bfloat16(0.5)})
+  assert metrics.read(tmp_path)[0]["loss"] == 2.0
+  assert metrics.read(tmp_path)[0]["low"] == 0.5
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "message"),
+  [
+    ("samples", 1, "the record uses this name"),
+    ("loss", np.zeros(3), r"'loss' has shape \(3,\)"),
+    ("loss", "low", "'loss' is 'low': write one number"),
+    ("loss", None, "'loss' is None"),
+  ],
+)
+def test_a_bad_metric_is_named_and_writes_nothing(tmp_path, name, value, message):
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    with pytest.raises(ValueError, match=message):
+      writer.write(0, {"good": 1.0, name: value})
+    writer.write(1, {"good": 1.0})
+  assert [line["step"] for line in metrics.read(tmp_path)] == [1]
+
+
+def test_a_second_run_appends_after_half_a_line(tmp_path, caplog):
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, {"loss": 1.0})
+  with (tmp_path / metrics.RECORD).open("ab") as file:
+    file.write(b'{"step": 1, "lo')
+  assert [line["step"] for line in metrics.read(tmp_path)] == [0]
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(1, {"loss": 2.0})
+  assert "half a line (15 bytes)" in caplog.text
+  assert [line["loss"] for line in metrics.read(tmp_path)] == [1.0, 2.0]
+  caplog.clear()
+  metrics.MetricWriter(tmp_path, tensorboard=False).close()
+  assert not caplog.text and len(metrics.read(tmp_path)) == 2
+
+
+def test_kill_9_loses_nothing_that_was_written(tmp_path):
+  code = (
+    "import os, signal, sys; from rlft.training.metrics import MetricWriter\n"
+    "writer = MetricWriter(sys.argv[1], tensorboard=False)\n"
+    "for step in range(50): writer.write(step, {'loss': step})\n"
+    "os.kill(os.getpid(), signal.SIGKILL)"
+  )
+  args = [sys.executable, "-c", code, str(tmp_path)]
+  done = subprocess.run(args, env=os.environ, timeout=60)
+  assert done.returncode == -signal.SIGKILL
+  assert [line["step"] for line in metrics.read(tmp_path)] == list(range(50))
+
+
+def test_reading_where_nothing_was_written(tmp_path):
+  assert metrics.read(tmp_path) == []
+
+
+def events(workdir):
+  """(step, tag, value) of every event file, decoded by hand: length, crc, data, crc."""
+  from tensorboardX.proto.event_pb2 import Event
+
+  for path in sorted((workdir / metrics.TENSORBOARD).glob("events.*")):
+    data = path.read_bytes()
+    while data:
+      length = int.from_bytes(data[:8], "little")
+      event = Event.FromString(data[12 : 12 + length])
+      for point in event.summary.value:
+        yield event.step, point.tag, point.simple_value
+      data = data[16 + length :]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, caplog):
+  with metrics.MetricWriter(tmp_path) as writer:
+    writer.write(7, {"train/loss": 0.25, "kl": math.inf})
+    assert len(list(events(tmp_path))) == 2  # the first points can be seen at once
+    writer.write(8, {"train/loss": 0.5})
+  assert list(events(tmp_path)) == [
+    (7, "train/loss", 0.25),
+    (7, "kl", math.inf),
+    (8, "train/loss", 0.5),
+  ]
+  assert not caplog.records
+
+
+def test_a_view_that_fails_is_dropped_with_one_warning(tmp_path, monkeypatch, caplog):
+  calls = []
+
+  def fail(*args):
+    calls.append(args)
+    raise OSError("no space")
+
+  with metrics.MetricWriter(tmp_path) as writer:
+    writer.write(0, {"loss": 1.0})
+    monkeypatch.setattr(EventsWriter, "write_event", fail)
+    for step in range(1, 30):  # more than any queue holds
+      writer.write(step, {"loss": 1.0})
+  assert len(calls) == 1 and len(metrics.read(tmp_path)) == 30
+  assert [r.levelname for r in caplog.records] == ["WARNING"]
+  assert "stopped at step 1 (OSError('no space'))" in caplog.text
+
+
+def test_a_view_that_cannot_be_imported_is_the_same(tmp_path, monkeypatch, caplog):
+  monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
+  with metrics.MetricWriter(tmp_path) as writer:
+    writer.write(0, {"loss": 1.0})
+  assert len(metrics.read(tmp_path)) == 1 and len(caplog.records) == 1
+
+
+def test_phases_do_not_overlap_and_add_up():
+  now = [100.0]
+  timers = metrics.PhaseTimers(clock=lambda: now[0])
+
+  def wait(seconds):
+    now[0] += seconds
+
+  wait(1)
+  with timers.phase("rollout"):
+    wait(2)
+    with timers.phase("reward"):
+      wait(4)
+    wait(8)
+  with timers.phase("rollout"):
+    wait(16)
+  wait(32)
+  seconds = timers.pop()
+  assert seconds == {"time/idle": 33, "time/rollout": 26, "time/reward": 4}
+  assert sum(seconds.values()) == now[0] - 100
+  with pytest.raises(KeyError), timers.phase("update"):
+    wait(1)
+    raise KeyError
+  wait(2)
+  assert timers.pop() == {"time/idle": 2, "time/update": 1}
+
+
+def test_pop_inside_a_phase_loses_no_time():
+  now = [0.0]
+  timers = metrics.PhaseTimers(clock=lambda: now[0])
+  with timers.phase("update"):
+    now[0] = 3.0
+    assert timers.pop() == {"time/update": 3}
+    now[0] = 5.0
+  assert timers.pop() == {"time/update": 2}
