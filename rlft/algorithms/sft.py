@@ -1,0 +1,198 @@
+"""Supervised fine-tuning: cross-entropy on worked solutions.
+
+  loss = sum over completion tokens of -log pi(token | what stands before) / tokens
+
+Letters: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.mesh import batch_shards
+from rlft.core.rng import check_seed
+from rlft.models.decoder import Decoder
+from rlft.models.hub import Policy
+from rlft.objectives.supervised import cross_entropy
+from rlft.sampling.score import token_logp
+from rlft.training.data import TrainBatch, batches, encode_rows
+from rlft.training.optimizer import OptimizerConfig
+from rlft.training.step import Sums, init_state, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """Supervised fine-tuning.
+
+  Attributes:
+    optimizer: see `OptimizerConfig`.
+    batch_size: rows of an update.
+    micro_batches: parts that an update's rows are taken in; changes memory only.
+    epochs: passes over the rows; ignored when `update_tokens` is set.
+    update_tokens: stop once so many tokens have been in the loss; 0 is off. This is
+      how two arms of a study get the same budget.
+    max_length: longest row in tokens; longer ones are dropped and counted.
+    loss_on: "completion", or "all" to train on prompts too.
+    chat: put prompts into the tokenizer's chat template.
+    compute_dtype: of the forward and backward pass; the masters stay float32.
+    remat: what the backward pass recomputes: "none", "full" or "dots".
+    seed: decides the order of the rows.
+  """
+
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  batch_size: int = 32
+  micro_batches: int = 1
+  epochs: int = 1
+  update_tokens: int = 0
+  max_length: int = 512
+  loss_on: Literal["completion", "all"] = "completion"
+  chat: bool = False
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full", "dots"] = "none"
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ("batch_size", "micro_batches", "epochs", "max_length"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+    if self.update_tokens < 0:
+      raise ConfigError(f"update_tokens={self.update_tokens}: 0 (off) or positive")
+    check_seed(self.seed)
+
+
+@dataclasses.dataclass
+class SFTResult:
+  """What training gave.
+
+  Attributes:
+    policy: the trained policy.
+    losses: mean loss of every update, nats per token.
+    steps, update_tokens: updates, and tokens that were in their losses.
+    seconds: wall clock, compilation included.
+  """
+
+  policy: Policy
+  losses: list[float]
+  steps: int
+  update_tokens: int
+  seconds: float
+
+
+def sft_loss(model: Decoder, params: Any, batch: TrainBatch) -> Sums:
+  """Sums of the supervised loss; pure.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    batch: tokens [B, T] with their mask and weight.
+
+  Returns:
+    {"loss": (sum, tokens)}; see `training.step.Sums`.
+  """
+  logp_BT = token_logp(model, params, batch.tokens, batch.mask)
+  return {"loss": cross_entropy(logp_BT, batch.weight)}
+
+
+@functools.lru_cache(maxsize=16)
+def make_train_step(model: Decoder, optimizer: OptimizerConfig, micro_batches: int = 1):
+  """The pure, jitted, donated `train_step(state, TrainBatch) -> (state, metrics)`.
+
+  Equal arguments give the same function, so that rounds of training compile once.
+  """
+  return make_step(
+    lambda params, batch: sft_loss(model, params, batch),
+    optimizer,
+    micro_batches=micro_batches,
+    mesh=model.mesh,
+  )
+
+
+def train(
+  policy: Policy,
+  rows: Sequence[tuple[str, str]],
+  config: SFTConfig,
+  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> SFTResult:
+  """Trains a policy on (prompt, completion) texts.
+
+  Args:
+    policy: where to start; its parameters are not changed.
+    rows: the training data.
+    config: see `SFTConfig`.
+    on_step: called with (update, updates planned, metrics) after every update; the
+      metrics are those of the update before, so that reading them waits for nothing.
+
+  Returns:
+    `SFTResult`.
+
+  Raises:
+    ConfigError, DataError: before any device work.
+  """
+  began = time.perf_counter()
+  model = policy.model.clone(
+    dtype=jax.numpy.dtype(config.compute_dtype), remat=config.remat
+  )
+  need = config.micro_batches * batch_shards(model.mesh)
+  if config.batch_size % need:
+    raise ConfigError(
+      f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
+      f"shards = {config.micro_batches} x {batch_shards(model.mesh)} = {need}"
+    )
+  limit = min(config.max_length, model.config.max_positions)
+  encoded = encode_rows(
+    policy.tokenizer,
+    policy.eos_ids[0],
+    rows,
+    max_length=limit,
+    chat=config.chat,
+    loss_on=config.loss_on,
+  )
+  per_epoch = sum(sum(row.weight) for row in encoded)
+  if not per_epoch:
+    raise DataError("no token is in the loss: all completions are empty")
+  if config.update_tokens:
+    epochs = config.update_tokens / per_epoch
+  else:
+    epochs = float(config.epochs)
+  planned = max(1, round(epochs * len(encoded) / config.batch_size))
+  step = make_train_step(model, config.optimizer, config.micro_batches)
+  state = init_state(policy.params, config.optimizer, planned)
+  losses, tokens, epoch, before = [], 0, 0, None
+
+  def report(metrics):
+    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    losses.append(metrics["loss"])
+    if on_step is not None:
+      on_step(len(losses), max(planned, len(losses)), metrics)
+
+  enough = False
+  while not enough:
+    for batch in batches(
+      encoded,
+      batch_size=config.batch_size,
+      seed=config.seed,
+      epoch=epoch,
+      mesh=model.mesh,
+    ):
+      state, metrics = step(state, batch)
+      tokens += int(np.asarray(batch.weight).sum())
+      if before is not None:
+        report(before)
+      before = metrics
+      enough = config.update_tokens and tokens >= config.update_tokens
+      if enough:
+        break
+    epoch += 1
+    enough = enough or (not config.update_tokens and epoch >= config.epochs)
+  report(before)
+  trained = dataclasses.replace(policy, params=state.params)
+  seconds = time.perf_counter() - began
+  return SFTResult(trained, losses, len(losses), tokens, seconds)

@@ -1,0 +1,401 @@
+"""`generate`: prompts in, a `Rollout` out; the host side of the sampler.
+
+Letters: N prompts, K samples of each, S slots in flight, P prompt bucket, C completion
+bucket, B = N * K rows of the result.
+
+Prompts flow through S slots. When a quarter of them has ended, their completions are
+read, and waiting prompts are prefilled into them; until then the host sleeps.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.core import rng
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.mesh import ROLLOUT_RULES, batch_shards, tree_shardings
+from rlft.core.types import Rollout
+from rlft.models.decoder import Decoder, param_axes, param_shapes, unstack_layers
+from rlft.sampling import decode as device
+from rlft.sampling.buckets import bucket
+from rlft.sampling.logits import Sampling
+from rlft.sampling.stops import compile_stops, decode_completion
+
+if TYPE_CHECKING:
+  from rlft.models.hub import Policy
+
+PREFILL_TOKENS = 8192  # prompt tokens prefilled at once, about
+EOS_BUCKET = 8
+
+
+def compilations() -> int:
+  """How many sampler programs this process has compiled."""
+  return sum(device.TRACES.values())
+
+
+def rollout_layout(
+  model: Decoder, params: dict, dtype: Any = None
+) -> tuple[Decoder, dict]:
+  """The model and its parameters, as decoding wants them.
+
+  Parameters are cast once, moved to the rollout layout of the mesh (tensor-parallel or
+  copied, so that no token waits for weights to be gathered), and, except on TPU,
+  unstacked: there a slice of stacked layers inside the loop would be a copy.
+
+  Args:
+    model: the training model.
+    params: its parameters, stacked when `model.scan`.
+    dtype: of the rollout; the model's when None.
+
+  Returns:
+    (model, params) for `sampling.decode`.
+  """
+  dtype = model.dtype if dtype is None else dtype
+  leaf = jax.tree.leaves(params)[0]
+  platform = next(iter(leaf.devices())).platform
+  scan = platform == "tpu"
+  target = model.clone(dtype=dtype, scan=scan, remat="none")
+  if model.mesh is not None and model.mesh.size > 1:
+    layout = tree_shardings(
+      model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
+    )
+    params = jax.device_put(params, layout)
+
+  def convert(params):
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    if model.scan and not scan:
+      params = unstack_layers(params, model.config.layers)
+    return params
+
+  if (model.scan and not scan) or leaf.dtype != jnp.dtype(dtype):
+    params = jax.jit(convert)(params)
+  return target, params
+
+
+_layout_of: list = []  # one entry: (weak references to the source, model, layout)
+
+
+def _cached_layout(model: Decoder, params: dict, dtype: Any):
+  """`rollout_layout`, kept while the same parameters come again."""
+  leaves = jax.tree.leaves(params)
+  if _layout_of:
+    sources, key, layout = _layout_of[0]
+    same = key == (model, dtype) and len(sources) == len(leaves)
+    if same and all(ref() is leaf for ref, leaf in zip(sources, leaves)):
+      return layout
+  _layout_of.clear()
+  layout = rollout_layout(model, params, dtype)
+  # Freed with its source: a training step that donates its parameters must not leave
+  # a second model in memory.
+  forget = lambda _: _layout_of.clear()
+  sources = [weakref.ref(leaf, forget) for leaf in leaves]
+  _layout_of.append((sources, (model, dtype), layout))
+  return layout
+
+
+def generate(
+  policy: Policy,
+  prompts: Sequence[str] | Sequence[Sequence[int]],
+  *,
+  samples: int = 1,
+  max_new_tokens: int | Sequence[int] = 128,
+  temperature: float | Sequence[float] = 1.0,
+  top_p: float | Sequence[float] = 1.0,
+  top_k: int | Sequence[int] = 0,
+  min_p: float | Sequence[float] = 0.0,
+  stop: str | Sequence[str] = (),
+  seed: int = 0,
+  step: int = 0,
+  prompt_ids: Sequence[int] | None = None,
+  forced: Sequence[Sequence[int]] | None = None,
+  purpose: rng.Purpose = rng.Purpose.ROLLOUT,
+  max_rows: int = 128,
+  dtype: Any = None,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+  """Samples completions.
+
+  Noise is addressed by `(seed, purpose, step, prompt_id, sample, t)`: the same call
+  gives the same tokens however many devices or rows there are, and another `step`
+  gives new ones.
+
+  Args:
+    policy: the model.
+    prompts: N texts, or N lists of token ids.
+    samples: K, completions of each prompt; they share its prefill.
+    max_new_tokens: tokens that the policy may choose; one for all, or one a prompt.
+    temperature: 0 is greedy; one for all or one a prompt, like the filters below.
+    top_p: smallest set with this mass; 1 is off.
+    top_k: so many most likely tokens; 0 is off.
+    min_p: tokens at least so likely, relative to the most likely one; 0 is off.
+    stop: strings that end a completion, exact across token boundaries. The text is
+      cut before them; the tokens are kept.
+    seed, step: integers that address the noise.
+    prompt_ids: the data set's index of each prompt; 0 to N - 1 when None.
+    forced: for each prompt, token ids that open its completions; in `tokens`, but not
+      in `completion_mask`.
+    purpose: which stream of noise.
+    max_rows: most rows in flight; further prompts wait for a free slot.
+    dtype: of the computation; the policy's when None.
+    on_progress: called with (prompts that ended, N) now and then.
+
+  Returns:
+    `Rollout` with B = N * K rows, in the order of the prompts.
+
+  Raises:
+    ConfigError: a setting is out of range.
+    DataError: an empty prompt, a token id outside the vocabulary, or a prompt that
+      leaves no room for `max_new_tokens`.
+  """
+  began = time.perf_counter()
+  model, config = policy.model, policy.model.config
+  count = len(prompts)
+  if count == 0:
+    raise DataError("no prompts: `generate` needs at least one")
+  ids = _encode(policy, prompts)
+  each = _settings(
+    count,
+    samples=samples,
+    temperature=temperature,
+    top_p=top_p,
+    top_k=top_k,
+    min_p=min_p,
+    max_new_tokens=max_new_tokens,
+  )
+  rng.check_seed(seed)
+  forced = [list(map(int, f)) for f in forced] if forced is not None else [[]] * count
+  prompt_ids = np.arange(count) if prompt_ids is None else np.asarray(prompt_ids)
+  for name, given in (("prompt_ids", prompt_ids), ("forced", forced)):
+    if len(given) != count:
+      raise ConfigError(f"{name} has {len(given)} entries for {count} prompts")
+  lengths = np.array([len(x) for x in ids])
+  budget = each["max_new_tokens"] + np.array([len(f) for f in forced])
+  over = np.flatnonzero(lengths + budget > config.max_positions)
+  if over.size:
+    i = int(over[0])
+    raise DataError(
+      f"prompt {i} has {lengths[i]} tokens and may get {budget[i]} more, but the model "
+      f"has {config.max_positions} positions; shorten it or lower max_new_tokens"
+    )
+
+  rollout_model, params = _cached_layout(model, policy.params, dtype)
+  stops = [stop] if isinstance(stop, str) else list(stop)
+  rules = _rules(policy, stops, config.vocab_size)
+  wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
+  capacity = min(capacity, config.max_positions)
+  queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
+  shards = batch_shards(model.mesh)
+  slots = min(bucket(count, 1), max(1, max_rows // samples))
+  slots = -(-slots // shards) * shards
+  group = max(1, min(slots // 4, PREFILL_TOKENS // wide))
+  group = -(-group // shards) * shards
+
+  state = device.jit_empty(rollout_model, slots, samples, wide, capacity, queue)
+  results: dict[int, tuple] = {}
+  waiting = list(range(count))[::-1]
+  holds: dict[int, int] = {}  # slot -> prompt
+  steps = 0
+  while len(results) < count:
+    free = [slot for slot in range(slots) if slot not in holds]
+    while waiting and free:
+      taken = [
+        (free.pop(0), waiting.pop()) for _ in range(min(group, len(free), len(waiting)))
+      ]
+      holds.update(taken)
+      batch = _batch(taken, group, slots, wide, queue, ids, prompt_ids, forced, each)
+      state = device.jit_insert(
+        rollout_model,
+        params,
+        state,
+        batch,
+        np.uint32(seed),
+        np.int32(step),
+        int(purpose),
+      )
+    enough = group if waiting else slots + 1
+    state = device.jit_decode(
+      rollout_model, params, state, rules, np.int32(capacity * 2), np.int32(enough)
+    )
+    done_S = np.asarray(state.done_B).reshape(slots, samples).all(-1)
+    ended = [slot for slot in holds if done_S[slot]]
+    _harvest(state, ended, holds, samples, results)
+    if on_progress is not None:
+      on_progress(len(results), count)
+  steps = int(state.steps)
+  del state
+  rollout = _assemble(
+    policy, ids, prompt_ids, results, samples, wide, capacity, stops, forced
+  )
+  seconds = time.perf_counter() - began
+  new_tokens = int(rollout.lengths.sum())
+  rollout.stats.update(
+    seconds=seconds,
+    steps=steps,
+    new_tokens=new_tokens,
+    tokens_per_second=new_tokens / seconds,
+    rows=slots * samples,
+  )
+  return rollout
+
+
+def _encode(policy: Policy, prompts) -> list[list[int]]:
+  """Token ids of each prompt, checked."""
+  if isinstance(prompts, str):
+    raise DataError("prompts is one string; give a list of them")
+  if all(isinstance(p, str) for p in prompts):
+    ids = policy.tokenizer(list(prompts))["input_ids"] if prompts else []
+  elif any(isinstance(p, str) for p in prompts):
+    raise DataError("prompts mixes texts and token ids; give one kind")
+  else:
+    ids = [[int(t) for t in p] for p in prompts]
+  vocab = policy.model.config.vocab_size
+  for i, row in enumerate(ids):
+    if not row:
+      raise DataError(f"prompt {i} is empty: there is nothing to continue")
+    if min(row) < 0 or max(row) >= vocab:
+      raise DataError(
+        f"prompt {i} has token ids from {min(row)} to {max(row)}, but the model has a "
+        f"vocabulary of {vocab}; was another tokenizer used?"
+      )
+  return ids
+
+
+def _settings(count: int, *, samples, **given) -> dict[str, np.ndarray]:
+  """Sampling settings as one value for each prompt, checked."""
+  if samples < 1:
+    raise ConfigError(f"samples={samples}: at least one completion of each prompt")
+  legal = {
+    "temperature": (np.float32, lambda x: np.isfinite(x) & (x >= 0), "0 or positive"),
+    "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]; 1 is off"),
+    "top_k": (np.int32, lambda x: x >= 0, "0 (off) or positive"),
+    "min_p": (np.float32, lambda x: (x >= 0) & (x < 1), "in [0, 1); 0 is off"),
+    "max_new_tokens": (np.int32, lambda x: x >= 1, "at least 1"),
+  }
+  out = {}
+  for name, value in given.items():
+    dtype, legal_range, words = legal[name]
+    array = np.asarray(value)
+    if array.ndim > 1 or (array.ndim == 1 and array.size != count):
+      raise ConfigError(f"{name} has shape {array.shape}; give one, or one a prompt")
+    if array.dtype.kind not in "if" or (dtype is np.int32 and array.dtype.kind == "f"):
+      kind = "an integer" if dtype is np.int32 else "a number"
+      raise ConfigError(f"{name}={value!r} is not {kind}")
+    if not np.all(legal_range(array)):
+      raise ConfigError(f"{name}={value!r}: must be {words}")
+    out[name] = np.broadcast_to(array.astype(dtype), (count,))
+  return out
+
+
+def _rules(policy: Policy, stops: list[str], vocab: int) -> device.Rules:
+  eos = sorted(set(policy.eos_ids))
+  wide = -(-max(1, len(eos)) // EOS_BUCKET) * EOS_BUCKET
+  table = compile_stops(stops, policy.tokenizer, vocab)
+  return device.Rules(
+    eos_Z=jnp.asarray(eos + [-1] * (wide - len(eos)), jnp.int32),
+    next_state_XV=jnp.asarray(table.next_state, jnp.int32),
+    stop_state=jnp.int32(table.terminal if stops else -1),
+  )
+
+
+def _batch(taken, group, slots, wide, queue, ids, prompt_ids, forced, each):
+  """`Prompts` for the (slot, prompt) pairs taken, padded to the group's size."""
+  tokens = np.zeros((group, wide), np.int32)
+  mask = np.zeros((group, wide), bool)
+  slot = np.full((group,), slots, np.int32)
+  address = np.zeros((group,), np.int32)
+  queue_ids = np.zeros((group, queue), np.int32)
+  queue_length = np.zeros((group,), np.int32)
+  rows = [prompt for _, prompt in taken]
+  for i, (place, prompt) in enumerate(taken):
+    row = ids[prompt]
+    tokens[i, wide - len(row) :] = row
+    mask[i, wide - len(row) :] = True
+    slot[i], address[i] = place, prompt_ids[prompt]
+    queue_ids[i, : len(forced[prompt])] = forced[prompt]
+    queue_length[i] = len(forced[prompt])
+
+  def pick(name, default):
+    out = np.full((group,), default, each[name].dtype)
+    out[: len(rows)] = each[name][rows]
+    return out
+
+  sampling = Sampling(
+    temperature_B=pick("temperature", 1.0),
+    top_k_B=pick("top_k", 0),
+    top_p_B=pick("top_p", 1.0),
+    min_p_B=pick("min_p", 0.0),
+    max_new_B=pick("max_new_tokens", 1),
+  )
+  return device.Prompts(slot, tokens, mask, address, sampling, queue_ids, queue_length)
+
+
+def _harvest(state, ended, holds, samples, results) -> None:
+  """Reads the completions of the slots that ended and frees them."""
+  if not ended:
+    return
+  fields = (
+    state.tokens_BC,
+    state.logp_BC,
+    state.raw_logp_BC,
+    state.chosen_BC,
+    state.finished_B,
+    state.cache.cursor_B,
+  )
+  host = [np.asarray(x) for x in jax.device_get(fields)]
+  for slot in ended:
+    rows = slice(slot * samples, (slot + 1) * samples)
+    results[holds.pop(slot)] = tuple(x[rows].copy() for x in host)
+
+
+def _assemble(
+  policy, ids, prompt_ids, results, samples, wide, capacity, stops, forced
+) -> Rollout:
+  """Puts the prompts' results together, in their order."""
+  count = len(ids)
+  rows, total = count * samples, wide + capacity
+  tokens = np.zeros((rows, total), np.int32)
+  mask = np.zeros((rows, total), bool)
+  completion_mask = np.zeros((rows, total), bool)
+  logp = np.zeros((rows, total), np.float32)
+  raw_logp = np.zeros((rows, total), np.float32)
+  finished = np.zeros((rows,), bool)
+  lengths = np.zeros((rows,), np.int32)
+  index = np.arange(capacity)
+  for i in range(count):
+    at = slice(i * samples, (i + 1) * samples)
+    got, got_logp, got_raw, chosen, finished[at], lengths[at] = results[i]
+    real = index < lengths[at][:, None]
+    tokens[at, wide - len(ids[i]) : wide] = ids[i]
+    mask[at, wide - len(ids[i]) : wide] = True
+    tokens[at, wide:] = np.where(real, got, 0)
+    mask[at, wide:] = real
+    completion_mask[at, wide:] = chosen & real
+    logp[at, wide:] = np.where(real, got_logp, 0)
+    raw_logp[at, wide:] = np.where(real, got_raw, 0)
+  eos = set(policy.eos_ids)
+  completions = []
+  for row in range(rows):
+    out = tokens[row, wide : wide + lengths[row]].tolist()
+    if out and out[-1] in eos and completion_mask[row, wide + lengths[row] - 1]:
+      out = out[:-1]
+    completions.append(decode_completion(policy.tokenizer, out, stops))
+  return Rollout(
+    tokens=tokens,
+    mask=mask,
+    completion_mask=completion_mask,
+    logp=logp,
+    raw_logp=raw_logp,
+    finished=finished,
+    prompt_lengths=np.repeat([len(x) for x in ids], samples).astype(np.int32),
+    lengths=lengths,
+    prompt_ids=np.repeat(prompt_ids, samples).astype(np.int32),
+    completions=completions,
+    samples=samples,
+  )

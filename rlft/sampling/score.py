@@ -1,0 +1,140 @@
+"""Log-probabilities of given tokens, by one full forward pass.
+
+Letters: B rows, T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.mesh import batch_shards, sharding
+from rlft.models.decoder import Decoder, positions_from_mask
+from rlft.models.heads import lm_logp
+from rlft.sampling.buckets import bucket
+
+if TYPE_CHECKING:
+  from rlft.models.hub import Policy
+
+
+def token_logp(
+  model: Decoder,
+  params: dict,
+  tokens_BT: jax.Array,
+  mask_BT: jax.Array,
+  temperature: jax.Array | float = 1.0,
+) -> jax.Array:
+  """Log-probability of the token at t given the real tokens before it.
+
+  logp[b, t] = log softmax(logits(tokens before t) / temperature)[tokens[b, t]]
+
+  Pads may lie anywhere; the state that predicts a token is that of the real token
+  before it. Pure and differentiable: losses are built on it.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    tokens_BT: int32; any id may lie under a pad.
+    mask_BT: bool, True on real tokens.
+    temperature: scalar or [B], positive.
+
+  Returns:
+    float32 [B, T], nats; 0 for a row's first real token and where masked.
+  """
+  length = tokens_BT.shape[1]
+  index_T = jnp.arange(length)
+  # The next real token after t, and the last one before it (length and -1: none).
+  place_BT = jnp.where(mask_BT, index_T, length)
+  next_BT = jax.lax.cummin(place_BT, axis=1, reverse=True)
+  next_BT = jnp.pad(next_BT[:, 1:], ((0, 0), (0, 1)), constant_values=length)
+  before_BT = jax.lax.cummax(jnp.where(mask_BT, index_T, -1), axis=1)
+  before_BT = jnp.pad(before_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+  hidden_BTE = model.apply(
+    {"params": params}, tokens_BT, positions_from_mask(mask_BT), mask_BT
+  ).hidden
+  targets_BT = jnp.take_along_axis(tokens_BT, jnp.minimum(next_BT, length - 1), axis=1)
+  ahead_BT = lm_logp(params, model.config, hidden_BTE, targets_BT, temperature)
+  logp_BT = jnp.take_along_axis(ahead_BT, jnp.maximum(before_BT, 0), axis=1)
+  return jnp.where(mask_BT & (before_BT >= 0), logp_BT, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jit_token_logp(model, params, tokens_BT, mask_BT, temperature):
+  return token_logp(model, params, tokens_BT, mask_BT, temperature)
+
+
+def score(
+  policy: Policy,
+  tokens,
+  mask,
+  temperature: float = 1.0,
+  max_tokens: int = 16384,
+) -> np.ndarray:
+  """Log-probabilities under the policy of tokens that are already there.
+
+  Args:
+    policy: the model.
+    tokens: int [B, T]; padding may stand on either side.
+    mask: bool [B, T], True on real tokens.
+    temperature: positive; use the one that sampled the tokens to compare with
+      `Rollout.raw_logp`.
+    max_tokens: rows are taken so many tokens at a time.
+
+  Returns:
+    float32 [B, T], nats: log-prob of the token at t given the real tokens before it;
+    0 for a row's first token and where masked.
+
+  Raises:
+    DataError: shapes differ, or a token id is outside the vocabulary.
+    ConfigError: the temperature is not positive.
+  """
+  tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
+  if tokens.ndim != 2 or tokens.shape != mask.shape:
+    raise DataError(
+      f"tokens {tokens.shape} and mask {mask.shape} must both be [rows, tokens]"
+    )
+  if not np.issubdtype(tokens.dtype, np.integer):
+    raise DataError(f"tokens have dtype {tokens.dtype}; give integer token ids")
+  if not (np.isfinite(temperature) and temperature > 0):
+    raise ConfigError(
+      f"temperature={temperature}: log-probabilities need a positive temperature "
+      "(score greedy samples at temperature 1)"
+    )
+  config = policy.model.config
+  real = tokens[mask]
+  if real.size and not (real.min() >= 0 and real.max() < config.vocab_size):
+    raise DataError(
+      f"token ids run from {real.min()} to {real.max()}, but the model has a "
+      f"vocabulary of {config.vocab_size}; were they made by another tokenizer?"
+    )
+  longest = int(mask.sum(1).max(initial=0))
+  if longest > config.max_positions:
+    raise DataError(
+      f"a row has {longest} tokens, the model at most {config.max_positions}; cut it"
+    )
+  rows, length = tokens.shape
+  if rows == 0 or length == 0:
+    return np.zeros(tokens.shape, np.float32)
+
+  wide = bucket(length)
+  shards = batch_shards(policy.model.mesh)
+  step = min(bucket(rows, 1), max(1, max_tokens // wide))
+  step = -(-step // shards) * shards
+  padded = -(-rows // step) * step
+  grow = ((0, padded - rows), (0, wide - length))
+  tokens = np.pad(np.where(mask, tokens, 0).astype(np.int32), grow)
+  mask = np.pad(mask, grow)
+  out = []
+  for start in range(0, padded, step):
+    part = tokens[start : start + step], mask[start : start + step]
+    if policy.model.mesh is not None:
+      layout = sharding(policy.model.mesh, ("batch", None), part[0].shape)
+      part = jax.device_put(part, layout)
+    out.append(_jit_token_logp(policy.model, policy.params, *part, temperature))
+  return np.concatenate([np.asarray(x) for x in out])[:rows, :length]

@@ -1,0 +1,132 @@
+"""The optimiser of a run, from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlft.core.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a schedule, clipping, and masks by regular expression.
+
+  Attributes:
+    learning_rate: the peak.
+    schedule: "constant", "linear" or "cosine" decay to `end_factor` of the peak.
+    warmup_steps: linear warm-up from 0.
+    total_steps: length of the schedule, warm-up included; 0 is the length of the run.
+    end_factor: last learning rate over the peak.
+    b1, b2, eps: of Adam (Kingma & Ba 2015); eps 1e-8 for supervised training, RL takes
+      1e-5.
+    weight_decay: decoupled (Loshchilov & Hutter 2019).
+    clip_norm: largest global gradient norm; 0 is off.
+    no_decay: parameters without weight decay: patterns searched in paths such as
+      "layers/attention/q/kernel".
+    freeze: parameters that do not move, and have no optimiser state.
+  """
+
+  learning_rate: float = 1e-4
+  schedule: Literal["constant", "linear", "cosine"] = "cosine"
+  warmup_steps: int = 0
+  total_steps: int = 0
+  end_factor: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  no_decay: tuple[str, ...] = (r"bias$", r"scale$")
+  freeze: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name in ("learning_rate", "eps"):
+      if not getattr(self, name) > 0:
+        raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+    for name in ("warmup_steps", "total_steps", "clip_norm", "weight_decay"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+    for pattern in (*self.no_decay, *self.freeze):
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ConfigError(
+          f"pattern {pattern!r} is no regular expression: {error}"
+        ) from error
+
+
+def learning_rate(
+  config: OptimizerConfig, step: jax.Array, horizon: jax.Array
+) -> jax.Array:
+  """Learning rate of an update; its length is traced, so that it compiles nothing.
+
+  Args:
+    config: peak, schedule, warm-up.
+    step: int32 scalar, index of the update, from 0.
+    horizon: int32 scalar, updates of the whole schedule, warm-up included.
+
+  Returns:
+    float32 scalar: peak * min(1, (step + 1) / warmup_steps) * decay, where decay runs
+    from 1 to `end_factor` between the end of the warm-up and the horizon.
+  """
+  step, horizon = jnp.float32(step), jnp.float32(horizon)
+  warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+  left = jnp.maximum(1.0, horizon - config.warmup_steps)
+  progress = jnp.clip((step - config.warmup_steps) / left, 0.0, 1.0)
+  if config.schedule == "cosine":
+    progress = 0.5 * (1 - jnp.cos(jnp.pi * progress))
+  elif config.schedule == "constant":
+    progress = 0.0
+  decay = 1 - (1 - config.end_factor) * progress
+  return config.learning_rate * warm * decay
+
+
+def matches(params: dict, patterns: tuple[str, ...]) -> dict:
+  """Tree of bool: whether a parameter's path contains one of the patterns."""
+
+  def match(path, _):
+    name = "/".join(str(part.key) for part in path)
+    return any(re.search(pattern, name) for pattern in patterns)
+
+  return jax.tree_util.tree_map_with_path(match, params)
+
+
+def check_patterns(config: OptimizerConfig, params: dict) -> None:
+  """Raises `ConfigError` when `freeze` matches nothing or leaves nothing to train."""
+  for pattern in config.freeze:
+    if not any(jax.tree.leaves(matches(params, (pattern,)))):
+      raise ConfigError(f"freeze pattern {pattern!r} matches no parameter")
+  if all(jax.tree.leaves(matches(params, config.freeze))):
+    raise ConfigError(f"freeze={config.freeze} leaves no parameter to train")
+
+
+@functools.lru_cache(maxsize=64)
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """The direction of a step: clipped, Adam-preconditioned, with weight decay.
+
+  The train step multiplies it by `-learning_rate(...)`. The global norm that is clipped
+  is that of the parameters that move.
+  """
+  decays = lambda params: jax.tree.map(
+    lambda skip: not skip, matches(params, config.no_decay)
+  )
+  chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+  chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+  if config.weight_decay:
+    chain.append(optax.add_decayed_weights(config.weight_decay, decays))
+  optimizer = optax.chain(*chain)
+  if not config.freeze:
+    return optimizer
+  labels = lambda params: jax.tree.map(
+    lambda frozen: "frozen" if frozen else "trained", matches(params, config.freeze)
+  )
+  return optax.multi_transform(
+    {"trained": optimizer, "frozen": optax.set_to_zero()}, labels
+  )

@@ -1,0 +1,141 @@
+"""`make_step`: from a loss to a jitted, donated, sharded train step.
+
+Every algorithm is such a step. A loss returns sums with their denominators, and
+gradient accumulation carries both, so micro-batching cannot change an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from rlft.core.errors import ConfigError
+from rlft.core.mesh import batch_shards, constrain
+from rlft.training.optimizer import (
+  OptimizerConfig,
+  check_patterns,
+  learning_rate,
+  make_optimizer,
+)
+
+# {name: (sum, denominator)}; "loss" is the one that is differentiated.
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@struct.dataclass
+class TrainState:
+  """What an update changes.
+
+  Attributes:
+    params: the parameters, float32 masters.
+    opt_state: the optimiser's state, sharded like the parameters.
+    step: int32 scalar, updates done.
+    horizon: int32 scalar, updates of the learning-rate schedule.
+  """
+
+  params: Any
+  opt_state: Any
+  step: jax.Array
+  horizon: jax.Array
+
+
+def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState:
+  """A state before the first update.
+
+  The parameters are copied: the train step donates its state, and the caller keeps
+  what it gave.
+
+  Args:
+    params: where to start.
+    config: of the optimiser.
+    horizon: updates that the run is going to make; `config.total_steps` overrides it.
+
+  Raises:
+    ConfigError: a `freeze` pattern matches nothing, or leaves nothing to train.
+  """
+  check_patterns(config, params)
+  params = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), params)
+  # Under jit the moments come out in the layout of the parameters they belong to.
+  opt_state = jax.jit(make_optimizer(config).init)(params)
+  horizon = config.total_steps or horizon
+  return TrainState(params, opt_state, jnp.int32(0), jnp.int32(horizon))
+
+
+def make_step(
+  loss: Callable[[Any, Any], Sums],
+  config: OptimizerConfig,
+  *,
+  micro_batches: int = 1,
+  mesh: Mesh | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+  """Builds `train_step(state, batch) -> (state, metrics)`.
+
+  gradient = grad(sum over the batch of loss sums) / (sum of loss denominators)
+
+  Args:
+    loss: pure; (params, batch) -> {name: (sum, denominator)} with a "loss" entry. Its
+      denominators must not depend on the parameters.
+    config: of the optimiser.
+    micro_batches: how many parts a batch is taken in; its rows must be a multiple.
+    mesh: where the batch is sharded.
+
+  Returns:
+    The jitted step. Its state is donated. Metrics are float32 scalars on the device:
+    the quotients, "grad_norm", "update_norm", "learning_rate", "loss_denominator".
+  """
+  if micro_batches < 1:
+    raise ConfigError(f"micro_batches={micro_batches}: at least 1")
+
+  def total_and_sums(params, batch):
+    sums = loss(params, batch)
+    return sums["loss"][0], sums
+
+  optimizer = make_optimizer(config)
+  grad = jax.grad(total_and_sums, has_aux=True)
+
+  def split(x):
+    # Row i * M + m goes to part m: every device's rows are split where they are.
+    x = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:])
+    x = jnp.moveaxis(x, 1, 0)
+    return constrain(x, mesh, (None, "batch") + (None,) * (x.ndim - 2))
+
+  def accumulate(params, batch):
+    if micro_batches == 1:
+      return grad(params, batch)
+    parts = jax.tree.map(split, batch)
+    one = lambda part: grad(params, part)
+    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
+    return jax.lax.scan(add, zero, parts)[0]
+
+  def train_step(state: TrainState, batch):
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    need = micro_batches * batch_shards(mesh)
+    if rows % need:
+      raise ConfigError(
+        f"a batch of {rows} rows cannot be divided into {micro_batches} micro-batches "
+        f"on {batch_shards(mesh)} batch shards; use a multiple of {need}"
+      )
+    grads, sums = accumulate(state.params, batch)
+    denominator = sums["loss"][1]
+    scale = 1.0 / jnp.maximum(denominator, 1.0)
+    grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = learning_rate(config, state.step, state.horizon)
+    updates = jax.tree.map(lambda d: -rate * d, directions)
+    metrics = {name: s / jnp.maximum(d, 1.0) for name, (s, d) in sums.items()}
+    metrics["loss_denominator"] = denominator
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["update_norm"] = optax.global_norm(updates)
+    metrics["learning_rate"] = rate
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state, state.step + 1, state.horizon), metrics
+
+  return jax.jit(train_step, donate_argnums=0)
