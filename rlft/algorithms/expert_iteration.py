@@ -1,0 +1,377 @@
+"""Expert Iteration: sample, keep what a checker accepts, train on it, repeat.
+
+  pi_0 = SFT checkpoint, or a pretrained base with a few-shot prompt
+  D_0  = SFT data if they are mixed in, else {}
+  for i in 1..n:
+    R   = {(q, a): q in prompts, a ~ pi_{i-1}(. | q), reward(q, a) >= threshold}
+    D_i = dedupe(D_{i-1} + R)
+    pi_i = train(start, D_i)
+
+Source: Havrilla et al. 2024 (arXiv 2403.04642), section 3; Anthony et al. 2017. We
+differ in what is accepted: a right answer with a wrong chain ("lucky") passes the
+paper's checker. De-duplication amplifies those, for nearly every wrong chain is unique;
+so where the task can tell, the default accepts consistent chains only, and the lucky
+share is reported in every round, before and after de-duplication.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from rlft.algorithms import sft
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.rng import Purpose, check_seed
+from rlft.core.types import Example, Rollout, Verdict
+from rlft.models.hub import Policy
+from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
+from rlft.sampling.generate import generate
+from rlft.training.data import encode_prompts
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class EIConfig:
+  """Expert Iteration.
+
+  Attributes:
+    train: how each round trains.
+    rounds: n.
+    samples_per_prompt: K.
+    temperature: of sampling; no filter is used, so all the policy's mass is explored.
+    max_new_tokens: longest completion.
+    threshold: the reward from which a sample is accepted.
+    accept: "consistent" asks for a right answer and a valid chain of steps where the
+      task can tell; "final" for the answer alone. Ignored with a reward function of
+      your own.
+    dedupe: what makes two solutions of a prompt the same: "chain" (the canonical
+      sequence of operations; text where it cannot be read), "text", or "none".
+    start: the checkpoint that each round trains: "base" (the pretrained one, the
+      paper's and STaR's choice), "sft" (where this run began), "previous".
+    mix_sft: whether the SFT rows are in every round's data.
+    max_per_prompt: most solutions kept of one prompt; 0 is no limit. Rare chains are
+      kept first.
+    patience: rounds without a better dev score before stopping; 0 never stops.
+    stop: strings that end a completion, for a base model that does not end by itself.
+    few_shot: text put before every prompt while sampling with the first policy (a base
+      model learns the format from it); training rows do not have it.
+    seed: of sampling and of the row order.
+    max_rows: completions in flight.
+  """
+
+  train: sft.SFTConfig = dataclasses.field(default_factory=sft.SFTConfig)
+  rounds: int = 2
+  samples_per_prompt: int = 16
+  temperature: float = 1.0
+  max_new_tokens: int = 256
+  threshold: float = 1.0
+  accept: Literal["consistent", "final"] = "consistent"
+  dedupe: Literal["chain", "text", "none"] = "chain"
+  start: Literal["base", "sft", "previous"] = "base"
+  mix_sft: bool = True
+  max_per_prompt: int = 0
+  patience: int = 0
+  stop: tuple[str, ...] = ()
+  few_shot: str = ""
+  seed: int = 0
+  max_rows: int = 128
+
+  def __post_init__(self):
+    for name in ("rounds", "samples_per_prompt", "max_new_tokens", "max_rows"):
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+    for name in ("max_per_prompt", "patience"):
+      if getattr(self, name) < 0:
+        raise ConfigError(f"{name}={getattr(self, name)}: 0 (off) or positive")
+    if not self.temperature > 0:
+      raise ConfigError(
+        f"temperature={self.temperature}: samples must differ, so it must be positive"
+      )
+    if self.few_shot and self.train.chat:
+      raise ConfigError("few_shot is for base models, chat for chat models: choose one")
+    check_seed(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+  """An accepted completion.
+
+  Attributes:
+    prompt_id: the example's id.
+    text: the completion.
+    chain: its operations, None when they cannot be read.
+    lucky: a right answer by an inconsistent chain.
+    round: in which it was found first.
+  """
+
+  prompt_id: int
+  text: str
+  chain: tuple[str, ...] | None
+  lucky: bool
+  round: int
+
+
+@dataclasses.dataclass
+class EIResult:
+  """What Expert Iteration gave.
+
+  Attributes:
+    policy: of the best round by dev score, or of the last one without a dev split.
+    rounds: one dict of statistics a round.
+    solutions: the accepted, de-duplicated data set.
+    sampled_solutions: completions sampled for training, exactly.
+    update_tokens: tokens in the losses of all rounds.
+    seconds: wall clock.
+  """
+
+  policy: Policy
+  rounds: list[dict[str, Any]]
+  solutions: list[Solution]
+  sampled_solutions: int
+  update_tokens: int
+  seconds: float
+
+
+def collect(
+  examples: Sequence[Example],
+  completions: Sequence[str],
+  verdicts: Sequence[Verdict],
+  rewards: Sequence[float | None],
+  threshold: float,
+  round_index: int,
+) -> list[Solution]:
+  """The accepted samples; B completions, the samples of an example adjacent."""
+  samples = len(completions) // len(examples)
+  out = []
+  for i, (text, verdict, reward) in enumerate(zip(completions, verdicts, rewards)):
+    if reward is None or not np.isfinite(reward) or reward < threshold:
+      continue
+    if not text.strip():
+      continue  # an empty completion teaches nothing, whatever it was worth
+    lucky = verdict.correct and verdict.consistent is False
+    prompt_id = examples[i // samples].id
+    out.append(Solution(prompt_id, text, verdict.chain, lucky, round_index))
+  return out
+
+
+def dedupe(
+  solutions: Sequence[Solution], by: Literal["chain", "text", "none"]
+) -> list[Solution]:
+  """Keeps the first of equal solutions; those of different prompts are never equal."""
+  if by == "none":
+    return list(solutions)
+  seen, out = set(), []
+  for solution in solutions:
+    # A lucky chain is no chain: two of them are the same only letter by letter.
+    by_text = by == "text" or solution.chain is None or solution.lucky
+    key = (solution.prompt_id, solution.text.strip() if by_text else solution.chain)
+    if key not in seen:
+      seen.add(key)
+      out.append(solution)
+  return out
+
+
+def cap(solutions: Sequence[Solution], most: int) -> list[Solution]:
+  """At most so many solutions a prompt; those whose chain is rarest over all first."""
+  if not most:
+    return list(solutions)
+  counts = collections.Counter(s.chain for s in solutions)
+  by_prompt = collections.defaultdict(list)
+  for i, solution in enumerate(solutions):
+    by_prompt[solution.prompt_id].append((counts[solution.chain], i))
+  keep = {i for ranked in by_prompt.values() for _, i in sorted(ranked)[:most]}
+  return [s for i, s in enumerate(solutions) if i in keep]
+
+
+def lucky_share(solutions: Sequence[Solution]) -> float:
+  """Share of right answers by an inconsistent chain; 0 of none."""
+  return sum(s.lucky for s in solutions) / len(solutions) if solutions else 0.0
+
+
+def run(
+  policy: Policy,
+  examples: Sequence[Example],
+  judge: Judge,
+  config: EIConfig,
+  *,
+  base: Policy | None = None,
+  sft_rows: Sequence[tuple[str, str]] = (),
+  reward: Callable[..., Sequence[float | None]] | None = None,
+  dev_score: Callable[[Policy], float] | None = None,
+  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+) -> EIResult:
+  """Runs Expert Iteration.
+
+  Args:
+    policy: pi_0, which samples the first round (an SFT checkpoint, or the base itself).
+    examples: the training prompts; their reference solutions are not looked at.
+    judge: the task's; gives answers, chains and consistency.
+    config: see `EIConfig`.
+    base: the pretrained checkpoint that `start="base"` trains; `policy` when None (a
+      run without SFT).
+    sft_rows: (prompt, completion) texts, mixed in when `config.mix_sft`.
+    reward: a reward function (see `rewards.verifiable`); by default 1 for what
+      `config.accept` accepts, else 0.
+    dev_score: of a policy, larger is better; chooses the round that is returned.
+    on_event: called with ("sample" | "train" | "round", values) for progress.
+
+  Returns:
+    `EIResult`.
+
+  Raises:
+    ConfigError, DataError: before any device work; and `DataError` when the first round
+      accepts nothing and there are no SFT rows to train on.
+  """
+  if not examples:
+    raise DataError("no training prompts")
+  if len({e.id for e in examples}) != len(examples):
+    raise DataError("two training prompts have the same id: their noise would be equal")
+  began = time.perf_counter()
+  tell = on_event or (lambda kind, values: None)
+  rows = list(sft_rows) if config.mix_sft else []
+  starts = {"base": base or policy, "sft": policy}
+  prompt_of = {e.id: e.prompt for e in examples}
+
+  best, best_score, since = policy, None, 0
+  if dev_score is not None:
+    best_score = dev_score(policy)
+  current, solutions, rounds = policy, [], []
+  sampled = update_tokens = 0
+  for index in range(1, config.rounds + 1):
+    rollout = _sample(current, examples, config, index, tell)
+    sampled += len(rollout.completions)
+    verdicts = judge_all(judge, rollout.completions, examples)
+    rewards = _rewards(reward, config, rollout, verdicts, examples)
+    found = collect(
+      examples, rollout.completions, verdicts, rewards, config.threshold, index
+    )
+    solutions = dedupe([*solutions, *found], config.dedupe)
+    kept = cap(solutions, config.max_per_prompt)
+    stats = _round_stats(index, rollout, verdicts, rewards, found, kept)
+    if not found:
+      message = (
+        f"round {index}: none of {len(verdicts)} samples was accepted (answers found: "
+        f"{stats['answered']:.1%}, correct: {stats['correct']:.1%})"
+      )
+      if not kept and not rows:
+        raise DataError(
+          f"{message}, and there are no SFT rows: nothing to train on. Use a few_shot "
+          "prompt or SFT so that answers parse, more samples_per_prompt, or easier "
+          "prompts"
+        )
+      log.warning("%s; training goes on with what there was", message)
+
+    data = rows + [(prompt_of[s.prompt_id], s.text) for s in kept]
+    start = current if config.start == "previous" else starts[config.start]
+    result = sft.train(
+      start,
+      data,
+      dataclasses.replace(config.train, seed=config.seed),
+      lambda step, of, metrics: tell("train", {"step": step, "of": of, **metrics}),
+    )
+    current = result.policy
+    update_tokens += result.update_tokens
+    stats.update(
+      train_rows=len(data),
+      train_loss=result.losses[-1],
+      update_tokens=result.update_tokens,
+      updates=result.steps,
+      train_seconds=result.seconds,
+      sampled_solutions=sampled,
+    )
+    if dev_score is None:
+      best = current
+    else:
+      stats["dev"] = score = dev_score(current)
+      if score > best_score:
+        best, best_score, since = current, score, 0
+      else:
+        since += 1
+    rounds.append(stats)
+    tell("round", stats)
+    if config.patience and since >= config.patience:
+      log.info("round %d: the dev score did not rise for %d rounds", index, since)
+      break
+  seconds = time.perf_counter() - began
+  return EIResult(best, rounds, kept, sampled, update_tokens, seconds)
+
+
+def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:
+  prompts = [e.prompt for e in examples]
+  if config.few_shot and index == 1:
+    prompts = [config.few_shot + p for p in prompts]
+  chat = config.train.chat
+  return generate(
+    policy,
+    encode_prompts(policy.tokenizer, prompts, chat),
+    samples=config.samples_per_prompt,
+    max_new_tokens=config.max_new_tokens,
+    temperature=config.temperature,
+    stop=config.stop,
+    seed=config.seed,
+    step=index,
+    prompt_ids=[e.id for e in examples],
+    purpose=Purpose.ROLLOUT,
+    max_rows=config.max_rows,
+    on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
+  )
+
+
+def _rewards(reward, config, rollout, verdicts, examples):
+  if reward is None:
+    return [verdict_reward(v, config.accept) for v in verdicts]
+  samples = config.samples_per_prompt
+  each = [e for e in examples for _ in range(samples)]
+  ids = [
+    row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.completion_mask)
+  ]
+  values = reward(
+    prompts=[e.prompt for e in each],
+    completions=rollout.completions,
+    completion_ids=ids,
+    answer=[e.answer for e in each],
+    solution=[e.solution for e in each],
+  )
+  if len(values) != len(each):
+    name = getattr(reward, "__name__", reward)
+    raise ConfigError(
+      f"the reward function {name} returned {len(values)} values for {len(each)} "
+      "completions"
+    )
+  return list(values)
+
+
+def _round_stats(index, rollout, verdicts, rewards, found, kept) -> dict[str, Any]:
+  """What people look at after a round."""
+  count = len(verdicts)
+  correct = [v for v in verdicts if v.correct]
+  unlucky = [v for v in correct if v.consistent is not False]
+  solved = {s.prompt_id for s in found}
+  prompts = count // rollout.samples
+  return {
+    "round": index,
+    "samples": count,
+    "answered": sum(v.answer is not None for v in verdicts) / count,
+    "correct": len(correct) / count,
+    "accepted": len(found) / count,
+    "not_judged": sum(r is None for r in rewards) / count,
+    "truncated": float(1 - rollout.finished.mean()),
+    "prompts_solved": len(solved) / prompts,
+    # Of right answers, of what was accepted, and of what is left without duplicates.
+    "lucky_of_correct": 1 - len(unlucky) / len(correct) if correct else 0.0,
+    "lucky_of_accepted": lucky_share(found),
+    "lucky_of_kept": lucky_share(kept),
+    "kept": len(kept),
+    "new": sum(s.round == index for s in kept),
+    "unique_chains": len({(s.prompt_id, s.chain) for s in kept if s.chain}),
+    "completion_tokens": float(rollout.lengths.mean()),
+    "sample_seconds": rollout.stats["seconds"],
+    "sample_tokens_per_second": rollout.stats["tokens_per_second"],
+  }
