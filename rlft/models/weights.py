@@ -6,6 +6,7 @@ Everything that headers can tell is checked before the first array is made.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import pathlib
@@ -354,14 +355,19 @@ def write_params(
       tensors[name] = (np.dtype(leaf.dtype), weight.hf_shape(inner))
       parts.setdefault(name, []).append((weight, layer))
 
+  # The layers of a parameter follow each other, so that it is fetched once; q, k and v
+  # may share a tensor.
+  @functools.lru_cache(maxsize=3)
+  def fetch(path: str) -> np.ndarray:
+    return _host(flat[path])
+
   def value(name: str) -> np.ndarray:
     dtype, shape = tensors[name]
     out = np.empty(shape, dtype)
     for weight, layer in parts[name]:
-      leaf = flat[weight.path]
-      weight.put(
-        out, _host(leaf, layer if weight.stacked else None), model.config.heads
-      )
+      array = fetch(weight.path)
+      array = array[layer] if weight.stacked else array
+      weight.put(out, array, model.config.heads)
     if not _finite(out):
       raise CheckpointError(f"the weights of {name!r} are not finite: not saved")
     return out
@@ -381,10 +387,8 @@ def write_params(
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _host(leaf: Any, layer: int | None) -> np.ndarray:
-  """A parameter, or one layer of it, on the host."""
-  if layer is not None:
-    leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+def _host(leaf: Any) -> np.ndarray:
+  """A parameter on the host; a view where jax keeps it there."""
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     from jax.experimental import multihost_utils
 
