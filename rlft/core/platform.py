@@ -45,9 +45,7 @@ def choose(
   if "JAX_PLATFORMS" in environ or "jax" in sys.modules:
     return None
   plugins = {kind for name, kind in _PLUGINS.items() if installed(name)}
-  present = {
-    kind for kind in plugins if any(any(dev.glob(p)) for p in _DEVICES[kind])
-  }
+  present = {kind for kind in plugins if any(any(dev.glob(p)) for p in _DEVICES[kind])}
   if plugins == present:
     return None
   # Named platforms must start or jax raises, so only what is there is named; cpu stays
