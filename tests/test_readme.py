@@ -1,0 +1,58 @@
+"""What the README shows is what works."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+  """A tiny checkpoint with a tokenizer of characters."""
+  import tokenizers
+  import transformers
+
+  path = tmp_path / "model"
+  shutil.copytree(ROOT / "tests" / "golden" / "models" / "llama", path)
+  characters = string.ascii_letters + string.digits + " .,?"
+  vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *characters])}
+  model = tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer(model), eos_token="</s>"
+  ).save_pretrained(path)
+  return path
+
+
+def test_the_library_example_runs(tmp_path, model_dir):
+  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  assert len(code.splitlines()) < 25
+  for shown, real in {
+    "path/to/model": str(model_dir),
+    "path/to/copy": str(tmp_path / "copy"),
+  }.items():
+    assert shown in code
+    code = code.replace(shown, real)
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.startswith("['")
+  assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_file_that_is_named_exists(name):
+  text = (ROOT / name).read_text(encoding="utf-8")
+  links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+  paths = re.findall(r"`((?:rlft|configs|tests|\.ci)/[\w./]+)`", text)
+  for path in [*links, *paths]:
+    assert (ROOT / path).exists(), f"{name} names {path}"
