@@ -1,0 +1,243 @@
+"""Estimators against published numbers, enumeration and each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlft.core.errors import ConfigError
+from rlft.objectives import estimates
+
+# answers 7, 7, 8, 8, 9, None with gold 7
+ANSWERS = np.array([[7, 7, 8, 8, 9, -1]], np.int32)
+GOLD = np.array([7], np.int32)
+ALL = np.ones((1, 6), bool)
+
+
+def pass_of(n: int, c: int, k: int, width: int | None = None) -> float:
+  index = np.arange(width or n)[None, :]
+  return float(estimates.pass_at_k(index < c, index < n, k)[0])
+
+
+@pytest.mark.parametrize(
+  ("n", "c", "k", "expected"),
+  [
+    (8, 1, 1, 0.125),
+    (8, 1, 4, 0.5),
+    (8, 1, 8, 1.0),
+    (16, 3, 4, 0.607143),
+    (96, 5, 32, 0.875262),
+    (96, 48, 4, 0.9414261460),
+    (96, 3, 8, 0.2319708847),
+    (10, 3, 5, 0.9166666667),
+    (200, 10, 100, 0.9992289740),
+    (96, 1, 96, 1.0),
+    (5, 0, 3, 0.0),
+    (5, 5, 5, 1.0),
+  ],
+)
+def test_pass_at_k_golden(n, c, k, expected):
+  assert pass_of(n, c, k) == pytest.approx(expected, abs=2e-6)
+  # Samples that do not exist change nothing, wherever the array ends.
+  assert pass_of(n, c, k, width=n + 7) == pytest.approx(expected, abs=2e-6)
+
+
+def test_pass_at_k_is_nan_with_too_few_samples():
+  assert math.isnan(pass_of(4, 1, 8))
+  assert math.isnan(pass_of(0, 0, 1, width=3))
+  correct = np.array([[True, True, False], [True, False, False]])
+  valid = np.array([[False, True, True], [True, True, True]])
+  value = np.asarray(estimates.pass_at_k(correct, valid, 3))
+  assert math.isnan(value[0]) and value[1] == 1.0
+  # A correct sample that is not valid does not count.
+  assert float(estimates.pass_at_k(correct, valid, 1)[0]) == pytest.approx(0.5)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_pass_at_k_is_the_mean_over_subsets(data):
+  n = data.draw(st.integers(1, 9))
+  c = data.draw(st.integers(0, n))
+  k = data.draw(st.integers(1, n))
+  subsets = list(itertools.combinations(range(n), k))
+  expected = sum(min(subset) < c for subset in subsets) / len(subsets)
+  assert pass_of(n, c, k, width=9) == pytest.approx(expected, abs=1e-6)
+
+
+def test_maj_at_k_golden_and_ties():
+  assert float(estimates.maj_at_k(ANSWERS, GOLD, ALL)[0]) == pytest.approx(0.5)
+  answers = np.array(
+    [
+      [7, 7, 8, 9],  # wins
+      [8, 8, 7, 9],  # loses
+      [7, 8, 9, 5],  # four tied
+      [-1, -1, -1, 7],  # those without an answer never vote
+      [-1, -1, -1, -1],  # nobody votes
+      [8, 9, 8, 9],  # two others tied
+      [7, 7, 7, 7],
+    ],
+    np.int32,
+  )
+  valid = np.ones(answers.shape, bool)
+  value = estimates.maj_at_k(answers, np.full(7, 7, np.int32), valid)
+  np.testing.assert_allclose(value, [1, 0, 0.25, 1, 0, 0, 1])
+
+
+def test_maj_at_k_ignores_what_is_not_valid():
+  valid = np.array([[True, False, True, True, True, True]])
+  assert float(estimates.maj_at_k(ANSWERS, GOLD, valid)[0]) == 0.0
+  assert math.isnan(float(estimates.maj_at_k(ANSWERS, GOLD, ~ALL)[0]))
+  # A gold of -1 (nobody knows it) is never won.
+  assert float(estimates.maj_at_k(ANSWERS, np.array([-1], np.int32), ALL)[0]) == 0.0
+
+
+def test_maj_at_k_holds_no_prompts_by_samples_squared_array():
+  p, n = 64, 96
+  compiled = estimates.maj_at_k.lower(
+    jax.ShapeDtypeStruct((p, n), np.int32),
+    jax.ShapeDtypeStruct((p,), np.int32),
+    jax.ShapeDtypeStruct((p, n), bool),
+  ).compile()
+  assert f"{p},{n},{n}" not in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 20 * p * n * 4
+
+
+@pytest.mark.parametrize(("k", "expected"), [(3, 0.4166667), (1, 0.3333333), (6, 0.5)])
+def test_maj_subset_exact_golden(k, expected):
+  value = estimates.maj_subset_exact(ANSWERS, GOLD, ALL, k)
+  assert value[0] == pytest.approx(expected, abs=1e-6)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_maj_subset_exact_is_maj_at_k_of_every_subset(data):
+  n = data.draw(st.integers(1, 7))
+  k = data.draw(st.integers(1, n))
+  answers = np.array(
+    [data.draw(st.lists(st.integers(-1, 3), min_size=n, max_size=n))], np.int32
+  )
+  gold = np.array([data.draw(st.integers(0, 3))], np.int32)
+  values = []
+  for subset in itertools.combinations(range(n), k):
+    votes = [a for a in answers[0, list(subset)] if a >= 0]
+    top = max((votes.count(a) for a in votes), default=0)
+    best = {a for a in votes if votes.count(a) == top}
+    values.append(gold[0] in best and 1 / len(best))
+  value = estimates.maj_subset_exact(answers, gold, np.ones((1, n), bool), k)
+  assert value[0] == pytest.approx(np.mean(values))
+  if k == n:
+    whole = estimates.maj_at_k(answers, gold, np.ones((1, n), bool))
+    assert value[0] == pytest.approx(float(whole[0]))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_maj_subset_agrees_with_enumeration(k):
+  rng = np.random.default_rng(0)
+  answers = rng.integers(-1, 4, (40, 9)).astype(np.int32)
+  gold = rng.integers(0, 4, 40).astype(np.int32)
+  valid = rng.random((40, 9)) < 0.8
+  valid[0] = False
+  exact = estimates.maj_subset_exact(answers, gold, valid, k)
+  mean, stderr = estimates.maj_subset(
+    answers, gold, valid, k, jax.random.key(1), reps=600
+  )
+  known = ~np.isnan(exact)
+  assert 0 < known.sum() < 40
+  np.testing.assert_array_equal(np.isnan(mean), ~known)
+  np.testing.assert_array_equal(np.isnan(stderr), ~known)
+  error = (np.asarray(mean) - exact)[known]
+  # 40 prompts: |z| stays under 4.5, and the errors cancel.
+  spread = np.asarray(stderr)[known]
+  assert np.all(np.abs(error) < 4.5 * spread + 1e-6)
+  assert abs(error.mean()) < 4 * np.sqrt(np.sum(spread**2)) / len(spread)
+  # The standard error is what the enumeration says it should be.
+  if k == 1:
+    expected = np.sqrt(exact[known] * (1 - exact[known]) / 600)
+    np.testing.assert_allclose(spread, expected, atol=0.002)
+
+
+def test_random_subsets_have_size_k_and_are_uniform():
+  valid = np.array([[True, False, True, True, True]])
+  keys = jax.random.split(jax.random.key(0), 4000)
+  draw = jax.jit(jax.vmap(lambda key: estimates._random_subset(valid, 2, key)))
+  subsets = np.asarray(draw(keys))[:, 0]
+  assert np.all(subsets.sum(axis=1) == 2) and not subsets[:, 1].any()
+  kinds, counts = np.unique(subsets, axis=0, return_counts=True)
+  assert len(kinds) == 6
+  chi_square = np.sum((counts - 4000 / 6) ** 2 / (4000 / 6))
+  assert chi_square < 20.5  # 5 degrees of freedom, p = .001
+
+
+def test_bootstrap_interval_of_a_rate():
+  values = np.repeat([0.0, 1.0], [60, 40])
+  mean, low, high = estimates.bootstrap_interval(values, seed=0, reps=4000)
+  half = 1.96 * math.sqrt(0.4 * 0.6 / 100)
+  assert mean == pytest.approx(0.4)
+  assert low == pytest.approx(0.4 - half, abs=0.015)
+  assert high == pytest.approx(0.4 + half, abs=0.015)
+  assert (mean, low, high) == estimates.bootstrap_interval(values, seed=0, reps=4000)
+  narrow = estimates.bootstrap_interval(values, seed=0, reps=4000, level=0.5)
+  assert low < narrow[1] < narrow[2] < high
+
+
+def test_bootstrap_interval_covers_as_often_as_it_says():
+  rng = np.random.default_rng(0)
+  covered = 0
+  for trial in range(300):
+    values = rng.random(80) < 0.3
+    _, low, high = estimates.bootstrap_interval(values, seed=trial, reps=400)
+    covered += low <= 0.3 <= high
+  assert 0.90 < covered / 300 < 0.985  # .95, standard error .013, discrete
+
+
+def test_bootstrap_leaves_out_nan_and_knows_nothing_of_nothing():
+  with_nan = np.array([1.0, np.nan, 0.0, 1.0])
+  without = np.array([1.0, 0.0, 1.0])
+  assert estimates.bootstrap_interval(with_nan, 3) == estimates.bootstrap_interval(
+    without, 3
+  )
+  assert all(math.isnan(x) for x in estimates.bootstrap_interval([np.nan], 0))
+  assert all(math.isnan(x) for x in estimates.bootstrap_interval([], 0))
+  assert estimates.bootstrap_interval([0.25], 0) == (0.25, 0.25, 0.25)
+
+
+def test_paired_interval_is_narrower_and_signed():
+  rng = np.random.default_rng(0)
+  hardness = rng.random(200)
+  first = (hardness < 0.5).astype(float)
+  second = (hardness < 0.55).astype(float)
+  mean, low, high = estimates.paired_bootstrap_interval(first, second, seed=0)
+  assert mean == pytest.approx((second - first).mean()) and mean > 0
+  _, low1, high1 = estimates.bootstrap_interval(first, seed=0)
+  assert high - low < 0.6 * (high1 - low1)
+  back = estimates.paired_bootstrap_interval(second, first, seed=0)
+  np.testing.assert_allclose(back, [-mean, -high, -low], atol=1e-6)
+  first[0] = np.nan
+  assert estimates.paired_bootstrap_interval(first, second, 0)[0] == pytest.approx(
+    np.nanmean(second - first)
+  )
+
+
+def test_wrong_requests_are_named():
+  with pytest.raises(ConfigError, match="k is 0"):
+    estimates.pass_at_k(ALL, ALL, 0)
+  with pytest.raises(ConfigError, match="k is 0"):
+    estimates.maj_subset_exact(ANSWERS, GOLD, ALL, 0)
+  with pytest.raises(ConfigError, match="reps is 1"):
+    estimates.maj_subset(ANSWERS, GOLD, ALL, 2, jax.random.key(0), reps=1)
+  with pytest.raises(ConfigError, match="use maj_subset"):
+    estimates.maj_subset_exact(ANSWERS, GOLD, ALL, 3, max_subsets=19)
+  with pytest.raises(ConfigError, match="level"):
+    estimates.bootstrap_interval([1.0], 0, level=1.0)
+  with pytest.raises(ConfigError, match="cannot be paired"):
+    estimates.paired_bootstrap_interval([1.0], [1.0, 2.0], 0)
+  with pytest.raises(AssertionError):
+    estimates.pass_at_k(ALL, ALL[:, :4], 1)
+  with pytest.raises(AssertionError):
+    estimates.maj_at_k(ANSWERS, np.zeros(2, np.int32), ALL)
