@@ -379,13 +379,10 @@ def _assemble(
     completion_mask[at, wide:] = chosen & real
     logp[at, wide:] = np.where(real, got_logp, 0)
     raw_logp[at, wide:] = np.where(real, got_raw, 0)
-  eos = set(policy.eos_ids)
-  completions = []
-  for row in range(rows):
-    out = tokens[row, wide : wide + lengths[row]].tolist()
-    if out and out[-1] in eos and completion_mask[row, wide + lengths[row] - 1]:
-      out = out[:-1]
-    completions.append(decode_completion(policy.tokenizer, out, stops))
+  completions = [
+    _text(policy, tokens[row, wide:end], completion_mask[row, wide:end], stops)
+    for row, end in enumerate(wide + lengths)
+  ]
   return Rollout(
     tokens=tokens,
     mask=mask,
@@ -398,4 +395,20 @@ def _assemble(
     prompt_ids=np.repeat(prompt_ids, samples).astype(np.int32),
     completions=completions,
     samples=samples,
+  )
+
+
+def _text(policy, tokens, chosen, stops) -> str:
+  """A completion's text: without its EOS, cut before the stop that ended it.
+
+  Forced text is kept whole, for the automaton does not read it: a stop string inside a
+  tool's answer ends nothing.
+  """
+  if tokens.size and chosen[-1] and tokens[-1] in policy.eos_ids:
+    tokens, chosen = tokens[:-1], chosen[:-1]
+  edges = np.flatnonzero(np.diff(chosen)) + 1
+  return "".join(
+    decode_completion(policy.tokenizer, run.tolist(), stops if own[0] else ())
+    for run, own in zip(np.split(tokens, edges), np.split(chosen, edges))
+    if run.size
   )
