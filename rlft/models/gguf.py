@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
+import mmap
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -268,25 +270,52 @@ class Tensors(Mapping[str, np.ndarray]):
     return self._header.infos[self._names[name]].shape
 
   def __getitem__(self, name: str) -> np.ndarray:
+    ((_, array),) = self.chunks(name, None)
+    return array
+
+  def chunks(self, name: str, limit: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Reads a tensor a few rows at a time.
+
+    Args:
+      name: a tensor.
+      limit: bytes of float32 at once; None is the whole tensor.
+
+    Yields:
+      (first row, float32 rows); one whole piece where rows must be put in order.
+    """
     gguf_name = self._names[name]
     info = self._header.infos[gguf_name]
-    kind = self._gguf.GGMLQuantizationType(info.kind)
     raw = np.frombuffer(
       self._header.buffer, np.uint8, self._size(gguf_name, info), info.offset
-    )
+    ).reshape(*info.shape[:-1], -1)
+    heads = self._heads.get(name)
+    if limit is None or heads or len(info.shape) == 1:
+      array = self._dequantise(gguf_name, raw)
+      if heads:
+        # Rows (head, pair, half) back to Hugging Face's (head, half, pair).
+        split = array.reshape(heads, -1, 2, *info.shape[1:])
+        array = np.ascontiguousarray(split.swapaxes(1, 2))
+      yield 0, array.reshape(info.shape)
+      return
+    step = max(1, limit // (4 * math.prod(info.shape[1:])))
+    for first in range(0, info.shape[0], step):
+      yield first, self._dequantise(gguf_name, raw[first : first + step])
+
+  def _dequantise(self, gguf_name: str, raw: np.ndarray) -> np.ndarray:
+    kind = self._gguf.GGMLQuantizationType(self._header.infos[gguf_name].kind)
     try:
-      array = self._gguf.dequantize(raw.reshape(*info.shape[:-1], -1), kind)
+      array = self._gguf.dequantize(raw, kind)
     except NotImplementedError as error:
       raise CheckpointError(
         f"{self._header.path}: the gguf package cannot dequantise {gguf_name!r} "
         f"({kind.name}); use a file quantised as Q8_0, Q4_1, Q4_K, F16 or BF16."
       ) from error
-    if name in self._heads:
-      # Rows (head, pair, half) back to Hugging Face's (head, half, pair).
-      split = array.reshape(self._heads[name], -1, 2, *info.shape[1:])
-      array = split.swapaxes(1, 2)
-    # A copy even of float32: a view would change, or fault, with the file.
-    return np.array(array, np.float32, order="C").reshape(info.shape)
+    # Pages of the map that were read would count as our memory until it is closed.
+    if hasattr(mmap, "MADV_DONTNEED"):
+      self._header.buffer.madvise(mmap.MADV_DONTNEED)
+    # Never a view: it would change, or fault, with the file.
+    owned = array.dtype == np.float32 and not np.shares_memory(array, raw)
+    return array if owned else np.array(array, np.float32)
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._names)

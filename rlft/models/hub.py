@@ -108,10 +108,11 @@ def load(
   else:
     hf = _json(path / "config.json")
     generation = _json(path / "generation_config.json", optional=True)
-    families.resolve(hf)  # before the weights: its message is the better one
+    families.resolve(hf)  # its message is better than one about files
     source = weights.Directory(path)
   family = families.resolve(hf)
   config = family.from_hf(hf)
+  eos_ids = _eos_ids(generation, hf, config)
   if path.is_file():
     tokenizer = gguf.read_tokenizer(path)
   else:
@@ -130,7 +131,7 @@ def load(
     config=config,
     hf_config=hf,
     generation_config=generation,
-    eos_ids=_eos_ids(generation, hf, config),
+    eos_ids=eos_ids,
   )
 
 
@@ -169,8 +170,7 @@ def save(
     _write_json(new / "config.json", hf)
     generation = dict(policy.generation_config)
     if policy.eos_ids:
-      ids = list(policy.eos_ids)
-      generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+      generation["eos_token_id"] = _one_or_list(policy.eos_ids)
     if generation:
       _write_json(new / "generation_config.json", generation)
     if policy.tokenizer is not None:
@@ -291,10 +291,15 @@ def _config_to_save(policy: Policy) -> dict[str, Any]:
     hf = families.to_hf(policy.config, like)
     if old:
       hf |= {key: old[key] for key in _TOKEN_IDS if key in old}
-    elif policy.tokenizer is not None:
-      hf |= {key: getattr(policy.tokenizer, key) for key in _TOKEN_IDS}
+    else:  # null where there is none: each architecture has defaults of its own
+      hf |= {key: getattr(policy.tokenizer, key, None) for key in _TOKEN_IDS}
+      hf["eos_token_id"] = _one_or_list(policy.eos_ids)
   hf["dtype"] = str(policy.params["embedding"].dtype)
   return hf
+
+
+def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+  return list(ids) if len(ids) > 1 else ids[0] if ids else None
 
 
 def _check_replaceable(path: pathlib.Path) -> None:

@@ -147,7 +147,7 @@ class GGUFFile:
     return "F32"
 
   def chunks(self, name: str, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
-    yield 0, self._tensors[name]
+    return self._tensors.chunks(name, None if whole else 32 << 20)
 
 
 # ------------------------------------------------------------------------ import
