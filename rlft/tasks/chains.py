@@ -24,12 +24,12 @@ MAX_DEPTH = 16
 
 _ANNOTATION = re.compile(rf"<<([^<>]{{0,{MAX_EQUATION_CHARS}}})>>")
 # [0-9], not \d: other alphabets have digits too.
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_TOKEN = re.compile(rf"[\s$]*({_NUMBER}|//|[-+*/()×÷−–]|x(?=\s*[0-9(.$]))")
+NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_TOKEN = re.compile(rf"[\s$]*({NUMBER}|//|[-+*/()×÷−–]|x(?=\s*[0-9(.$]))")
 # The right side: one number, not the start of another expression (4000 + 2040), of a
 # mixed number (3 1/2), of a spaced one (42 000), of algebra (5A), nor a percentage.
 _RESULT = re.compile(
-  rf"\s*([-−–]?\s*\$?\s*(?:{_NUMBER}))"
+  rf"\s*([-−–]?\s*\$?\s*(?:{NUMBER}))"
   r"(?!\.?[0-9]|,[0-9]{3}|\s*%|\s*[-+*/x×÷−–(]\s*[0-9(.$]"
   r"| +[0-9]+/[0-9]| [0-9]{3}\b|[A-Za-z]\b)"
 )
@@ -327,7 +327,8 @@ def _combine(operator: str, left, right):
       if node[3] is not None and node[3][0] == operator:
         parts.extend(node[3][1])
       else:
-        parts.append(f"({node[1]})" if node[2] < rank else node[1])
+        # Sorting may move it behind another: 1*(0/0) is not 0*1/0.
+        parts.append(f"({node[1]})" if node[2] <= rank else node[1])
     parts.sort(key=lambda part: (len(part), part))
     return value, operator.join(parts), rank, (operator, parts)
   first = f"({left[1]})" if left[2] < rank else left[1]
