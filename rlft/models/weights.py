@@ -189,7 +189,7 @@ def read_params(
 
 
 def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.Array:
-  placed = sharding or SingleDeviceSharding(jax.devices()[0])
+  placed = sharding or SingleDeviceSharding(jax.local_devices()[0])
   places = placed.addressable_devices_indices_map(shape)
   ranges = {
     device: tuple(s.indices(n)[:2] for s, n in zip(index, shape))
