@@ -29,7 +29,7 @@ _TOKEN = re.compile(rf"[\s$]*({NUMBER}|//|[-+*/()×÷−–]|x(?=\s*[0-9(.$]))")
 # The right side: one number, not the start of another expression (4000 + 2040), of a
 # mixed number (3 1/2), of a spaced one (42 000), of algebra (5A), nor a percentage.
 _RESULT = re.compile(
-  rf"\s*([-−–]?\s*\$?\s*(?:{NUMBER}))"
+  rf"\s{{0,8}}([-−–]?\s?\$?\s?(?:{NUMBER}))"
   r"(?!\.?[0-9]|,[0-9]{3}|\s*%|\s*[-+*/x×÷−–(]\s*[0-9(.$]"
   r"| +[0-9]+/[0-9]| [0-9]{3}\b|[A-Za-z]\b)"
 )
@@ -212,8 +212,7 @@ def _left_side(text: str, low: int, position: int) -> str | None:
   mixed number ("1 1/2 + 2 =").
   """
   start = position
-  lowest = max(low, position - MAX_EQUATION_CHARS // 2)
-  while start > lowest and text[start - 1] in _EXPRESSION_CHARS:
+  while start > low and text[start - 1] in _EXPRESSION_CHARS:
     start -= 1
   window = text[start:position].rstrip()
   glued = start > low and (text[start - 1].isalnum() or text[start - 1] == "%")

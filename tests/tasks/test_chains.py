@@ -57,6 +57,8 @@ from rlft.tasks import chains
     ("$350 000 x 5/100 = $17500", None),
     ("100/5 = 5A/5", None),
     ("20/100 = 20%", None),
+    ("1+1=$" + " " * 125 + "23", None),
+    ("1+1=" + " " * 125 + "23", None),  # too far away, and no half of it
     ("<<2**3=8>>", None),
     ("<<__import__('os')=1>>", None),
     ("<<٣+٤=٧>>", None),
@@ -82,6 +84,7 @@ def test_canonical(text, chain):
     ("<<3/4=3/4>>", None, True),
     ("<<1/0=0>>", None, False),
     ("<<0/0=0>>", None, False),
+    ("<<1+1=2/0>>", None, False),
     ("<<7//2=3>>", None, True),
     ("<<2=2>>", "2", True),
     ("<<2=3>>", None, False),
