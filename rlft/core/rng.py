@@ -11,6 +11,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlft.core.errors import ConfigError
 
@@ -26,15 +27,16 @@ class Purpose(enum.IntEnum):
 
 def check_seed(seed: int) -> int:
   """Returns the seed, or raises `ConfigError` when it is not a 32-bit integer."""
-  if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**32:
+  whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+  if not whole or not 0 <= seed < 2**32:
     raise ConfigError(f"seed={seed!r}: a seed is an integer from 0 to 2**32 - 1")
   return int(seed)
 
 
-def key(seed: int | jax.Array, purpose: Purpose, step: int | jax.Array = 0):
+def key(seed: int | jax.Array, purpose: Purpose | jax.Array, step: int | jax.Array = 0):
   """The key of one purpose at one step (threefry, whatever jax's default is)."""
   base = jax.random.key(jnp.asarray(seed, jnp.uint32), impl="threefry2x32")
-  return jax.random.fold_in(jax.random.fold_in(base, int(purpose)), step)
+  return jax.random.fold_in(jax.random.fold_in(base, purpose), step)
 
 
 def row_keys(base: jax.Array, prompt_ids_B: jax.Array, samples_B: jax.Array):

@@ -68,7 +68,8 @@ class Rollout:
     prompt_lengths: int32 [B], real prompt tokens.
     lengths: int32 [B], real completion tokens (EOS included).
     prompt_ids: int32 [B], the data set index that addressed the row's noise.
-    completions: the B texts, cut before a stop string, without special tokens.
+    completions: the B texts, cut before a stop string, without special tokens; empty
+      when the policy has no tokenizer.
     samples: K, completions per prompt.
   """
 

@@ -472,7 +472,9 @@ class Decoder(nn.Module):
         jnp.float32,
       )
       at = positions + config.position_offset
-      x += jnp.take(table, at, axis=0).astype(self.dtype)
+      # A row that has ended at the last position steps past the table until its slot
+      # is refilled; the NaN that `take` fills in would stay in the cache's slot.
+      x += jnp.take(table, at, axis=0, mode="clip").astype(self.dtype)
     x = constrain(x, self.mesh, ("batch", None, None))
 
     context = self._context(positions, mask, cache)

@@ -201,7 +201,7 @@ def insert(
   prefilled: Prefilled,
   seed: jax.Array,
   step: jax.Array,
-  purpose: int,
+  purpose: jax.Array,
 ) -> DecodeState:
   """Puts prefilled prompts into slots and starts their K rows afresh."""
   cache = state.cache
@@ -343,7 +343,7 @@ def jit_empty(model, slots, samples, prompt, completion, queue):
   return empty_state(model, slots, samples, prompt, completion, queue)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def jit_insert(model, params, state, prompts, seed, step, purpose):
   TRACES["insert"] += 1
   prefilled = prefill(model, params, prompts.tokens_IP, prompts.mask_IP)

@@ -9,6 +9,7 @@ read, and waiting prompts are prefilled into them; until then the host sleeps.
 
 from __future__ import annotations
 
+import operator
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,11 +23,17 @@ from rlft.core import rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import ROLLOUT_RULES, batch_shards, tree_shardings
 from rlft.core.types import Rollout
-from rlft.models.decoder import Decoder, param_axes, param_shapes, unstack_layers
+from rlft.models.decoder import (
+  Decoder,
+  DecoderConfig,
+  param_axes,
+  param_shapes,
+  unstack_layers,
+)
 from rlft.sampling import decode as device
 from rlft.sampling.buckets import bucket
-from rlft.sampling.logits import Sampling
-from rlft.sampling.stops import compile_stops, decode_completion
+from rlft.sampling.logits import MIN_TEMPERATURE, Sampling
+from rlft.sampling.stops import StopTable, compile_stops, decode_completion
 
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
@@ -57,7 +64,7 @@ def rollout_layout(
   Returns:
     (model, params) for `sampling.decode`.
   """
-  dtype = model.dtype if dtype is None else dtype
+  dtype = jnp.dtype(model.dtype if dtype is None else dtype)
   leaf = jax.tree.leaves(params)[0]
   platform = next(iter(leaf.devices())).platform
   scan = platform == "tpu"
@@ -74,7 +81,7 @@ def rollout_layout(
       params = unstack_layers(params, model.config.layers)
     return params
 
-  if (model.scan and not scan) or leaf.dtype != jnp.dtype(dtype):
+  if (model.scan and not scan) or leaf.dtype != dtype:
     params = jax.jit(convert)(params)
   return target, params
 
@@ -84,6 +91,7 @@ _layout_of: list = []  # one entry: (weak references to the source, model, layou
 
 def _cached_layout(model: Decoder, params: dict, dtype: Any):
   """`rollout_layout`, kept while the same parameters come again."""
+  dtype = jnp.dtype(model.dtype if dtype is None else dtype)
   leaves = jax.tree.leaves(params)
   if _layout_of:
     sources, key, layout = _layout_of[0]
@@ -92,6 +100,8 @@ def _cached_layout(model: Decoder, params: dict, dtype: Any):
       return layout
   _layout_of.clear()
   layout = rollout_layout(model, params, dtype)
+  if all(a is b for a, b in zip(leaves, jax.tree.leaves(layout[1]))):
+    return layout  # nothing was converted; to keep it would keep the source alive
   # Freed with its source: a training step that donates its parameters must not leave
   # a second model in memory.
   forget = lambda _: _layout_of.clear()
@@ -135,24 +145,26 @@ def generate(
     top_p: smallest set with this mass; 1 is off.
     top_k: so many most likely tokens; 0 is off.
     min_p: tokens at least so likely, relative to the most likely one; 0 is off.
-    stop: strings that end a completion, exact across token boundaries. The text is
-      cut before them; the tokens are kept.
+    stop: strings that end a completion, exact across token boundaries (of the text
+      that the policy chose). The text is cut before them; the tokens are kept.
     seed, step: integers that address the noise.
     prompt_ids: the data set's index of each prompt; 0 to N - 1 when None.
     forced: for each prompt, token ids that open its completions; in `tokens`, but not
       in `completion_mask`.
     purpose: which stream of noise.
-    max_rows: most rows in flight; further prompts wait for a free slot.
+    max_rows: most rows in flight (but at least one prompt's samples); further prompts
+      wait for a free slot.
     dtype: of the computation; the policy's when None.
     on_progress: called with (prompts that ended, N) now and then.
 
   Returns:
-    `Rollout` with B = N * K rows, in the order of the prompts.
+    `Rollout` with B = N * K rows, in the order of the prompts. Its `completions` are
+    empty strings when the policy has no tokenizer.
 
   Raises:
     ConfigError: a setting is out of range.
     DataError: an empty prompt, a token id outside the vocabulary, or a prompt that
-      leaves no room for `max_new_tokens`.
+      leaves no room for `max_new_tokens`. All before any device work.
   """
   began = time.perf_counter()
   model, config = policy.model, policy.model.config
@@ -160,9 +172,12 @@ def generate(
   if count == 0:
     raise DataError("no prompts: `generate` needs at least one")
   ids = _encode(policy, prompts)
+  for name, value in (("samples", samples), ("max_rows", max_rows)):
+    if not _is_int(value) or value < 1:
+      raise ConfigError(f"{name}={value!r}: give an integer of at least 1")
+  samples = int(samples)
   each = _settings(
     count,
-    samples=samples,
     temperature=temperature,
     top_p=top_p,
     top_k=top_k,
@@ -170,11 +185,20 @@ def generate(
     max_new_tokens=max_new_tokens,
   )
   rng.check_seed(seed)
-  forced = [list(map(int, f)) for f in forced] if forced is not None else [[]] * count
+  if not _is_int(step) or not 0 <= step < 2**31:
+    raise ConfigError(f"step={step!r}: a step is an integer from 0 to 2**31 - 1")
   prompt_ids = np.arange(count) if prompt_ids is None else np.asarray(prompt_ids)
+  forced = [[]] * count if forced is None else forced
   for name, given in (("prompt_ids", prompt_ids), ("forced", forced)):
-    if len(given) != count:
-      raise ConfigError(f"{name} has {len(given)} entries for {count} prompts")
+    if np.ndim(given) == 0 or len(given) != count:
+      raise ConfigError(
+        f"{name} needs one entry for each of {count} prompts: {given!r}"
+      )
+  if prompt_ids.dtype.kind not in "iu" or not (
+    prompt_ids.ndim == 1 and prompt_ids.min() >= 0 and prompt_ids.max() < 2**31
+  ):
+    raise ConfigError(f"prompt_ids={prompt_ids!r}: give integers from 0 to 2**31 - 1")
+  forced = [_checked(row, f"forced {i}", config) for i, row in enumerate(forced)]
   lengths = np.array([len(x) for x in ids])
   budget = each["max_new_tokens"] + np.array([len(f) for f in forced])
   over = np.flatnonzero(lengths + budget > config.max_positions)
@@ -185,9 +209,10 @@ def generate(
       f"has {config.max_positions} positions; shorten it or lower max_new_tokens"
     )
 
+  stops = [stop] if isinstance(stop, str) else stop
+  table = _stop_table(policy, stops)
   rollout_model, params = _cached_layout(model, policy.params, dtype)
-  stops = [stop] if isinstance(stop, str) else list(stop)
-  rules = _rules(policy, stops, config.vocab_size)
+  rules = _rules(policy, table)
   wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
   capacity = min(capacity, config.max_positions)
   queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
@@ -217,7 +242,7 @@ def generate(
         batch,
         np.uint32(seed),
         np.int32(step),
-        int(purpose),
+        np.int32(purpose),
       )
     enough = group if waiting else slots + 1
     state = device.jit_decode(
@@ -249,34 +274,51 @@ def _encode(policy: Policy, prompts) -> list[list[int]]:
   """Token ids of each prompt, checked."""
   if isinstance(prompts, str):
     raise DataError("prompts is one string; give a list of them")
-  if all(isinstance(p, str) for p in prompts):
-    ids = policy.tokenizer(list(prompts))["input_ids"] if prompts else []
-  elif any(isinstance(p, str) for p in prompts):
+  texts = [isinstance(p, str) for p in prompts]
+  if any(texts) and not all(texts):
     raise DataError("prompts mixes texts and token ids; give one kind")
-  else:
-    ids = [[int(t) for t in p] for p in prompts]
-  vocab = policy.model.config.vocab_size
+  if any(texts):
+    if policy.tokenizer is None:
+      raise DataError("the policy has no tokenizer: give prompts as lists of token ids")
+    prompts = policy.tokenizer(list(prompts))["input_ids"]
+  ids = [_checked(p, f"prompt {i}", policy.config) for i, p in enumerate(prompts)]
   for i, row in enumerate(ids):
     if not row:
       raise DataError(f"prompt {i} is empty: there is nothing to continue")
-    if min(row) < 0 or max(row) >= vocab:
-      raise DataError(
-        f"prompt {i} has token ids from {min(row)} to {max(row)}, but the model has a "
-        f"vocabulary of {vocab}; was another tokenizer used?"
-      )
   return ids
 
 
-def _settings(count: int, *, samples, **given) -> dict[str, np.ndarray]:
+def _is_int(value: Any) -> bool:
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _checked(row: Any, name: str, config: DecoderConfig) -> list[int]:
+  """The row as a list of ints, all of them in the vocabulary."""
+  try:
+    ids = [operator.index(token) for token in row]
+  except TypeError as error:
+    raise DataError(f"{name} is {row!r}; give a list of integer token ids") from error
+  if ids and not (min(ids) >= 0 and max(ids) < config.vocab_size):
+    raise DataError(
+      f"{name} has token ids from {min(ids)} to {max(ids)}, but the model has a "
+      f"vocabulary of {config.vocab_size}; was another tokenizer used?"
+    )
+  return ids
+
+
+def _settings(count: int, **given) -> dict[str, np.ndarray]:
   """Sampling settings as one value for each prompt, checked."""
-  if samples < 1:
-    raise ConfigError(f"samples={samples}: at least one completion of each prompt")
+  most = 2**31 - 1
   legal = {
-    "temperature": (np.float32, lambda x: np.isfinite(x) & (x >= 0), "0 or positive"),
+    "temperature": (
+      np.float32,
+      lambda x: (x == 0) | ((x >= MIN_TEMPERATURE) & (x <= 1 / MIN_TEMPERATURE)),
+      f"0, or from {MIN_TEMPERATURE} to {1 / MIN_TEMPERATURE}",
+    ),
     "top_p": (np.float32, lambda x: (x > 0) & (x <= 1), "in (0, 1]; 1 is off"),
-    "top_k": (np.int32, lambda x: x >= 0, "0 (off) or positive"),
+    "top_k": (np.int32, lambda x: (x >= 0) & (x <= most), "0 (off) or positive"),
     "min_p": (np.float32, lambda x: (x >= 0) & (x < 1), "in [0, 1); 0 is off"),
-    "max_new_tokens": (np.int32, lambda x: x >= 1, "at least 1"),
+    "max_new_tokens": (np.int32, lambda x: (x >= 1) & (x <= most), "at least 1"),
   }
   out = {}
   for name, value in given.items():
@@ -284,7 +326,7 @@ def _settings(count: int, *, samples, **given) -> dict[str, np.ndarray]:
     array = np.asarray(value)
     if array.ndim > 1 or (array.ndim == 1 and array.size != count):
       raise ConfigError(f"{name} has shape {array.shape}; give one, or one a prompt")
-    if array.dtype.kind not in "if" or (dtype is np.int32 and array.dtype.kind == "f"):
+    if array.dtype.kind not in "iuf" or (dtype is np.int32 and array.dtype.kind == "f"):
       kind = "an integer" if dtype is np.int32 else "a number"
       raise ConfigError(f"{name}={value!r} is not {kind}")
     if not np.all(legal_range(array)):
@@ -293,14 +335,21 @@ def _settings(count: int, *, samples, **given) -> dict[str, np.ndarray]:
   return out
 
 
-def _rules(policy: Policy, stops: list[str], vocab: int) -> device.Rules:
+def _stop_table(policy: Policy, stops: Sequence[str]) -> StopTable:
+  if policy.tokenizer is not None:
+    return compile_stops(stops, policy.tokenizer, policy.config.vocab_size)
+  if stops:
+    raise ConfigError(f"stop={stops!r} needs a tokenizer, and the policy has none")
+  return StopTable(np.zeros((1, policy.config.vocab_size), np.int32), -1, ())
+
+
+def _rules(policy: Policy, table: StopTable) -> device.Rules:
   eos = sorted(set(policy.eos_ids))
   wide = -(-max(1, len(eos)) // EOS_BUCKET) * EOS_BUCKET
-  table = compile_stops(stops, policy.tokenizer, vocab)
   return device.Rules(
     eos_Z=jnp.asarray(eos + [-1] * (wide - len(eos)), jnp.int32),
     next_state_XV=jnp.asarray(table.next_state, jnp.int32),
-    stop_state=jnp.int32(table.terminal if stops else -1),
+    stop_state=jnp.int32(table.terminal),
   )
 
 
@@ -404,6 +453,8 @@ def _text(policy, tokens, chosen, stops) -> str:
   Forced text is kept whole, for the automaton does not read it: a stop string inside a
   tool's answer ends nothing.
   """
+  if policy.tokenizer is None:
+    return ""
   if tokens.size and chosen[-1] and tokens[-1] in policy.eos_ids:
     tokens, chosen = tokens[:-1], chosen[:-1]
   edges = np.flatnonzero(np.diff(chosen)) + 1

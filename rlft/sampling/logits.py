@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+# Logits divided by less than this could leave the range of float32.
+MIN_TEMPERATURE = 1e-6
 BLOCK = 128  # tokens of a block; the width of a TPU lane
 
 
@@ -38,6 +40,7 @@ class Sampling:
 
 def _ordered(x: jax.Array) -> jax.Array:
   """int32 that sort as the float32 do."""
+  x = jnp.where(x == 0, 0.0, x)  # -0.0 ties with 0.0
   bits = jax.lax.bitcast_convert_type(x, jnp.int32)
   return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from rlft.core.mesh import batch_shards, sharding
 from rlft.models.decoder import Decoder, positions_from_mask
 from rlft.models.heads import lm_logp
 from rlft.sampling.buckets import bucket
+from rlft.sampling.logits import MIN_TEMPERATURE
 
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
@@ -39,14 +41,17 @@ def token_logp(
   Args:
     model: the decoder.
     params: its parameters.
-    tokens_BT: int32; any id may lie under a pad.
+    tokens_BT: int32; anything may lie under a pad, also what is no id.
     mask_BT: bool, True on real tokens.
     temperature: scalar or [B], positive.
 
   Returns:
     float32 [B, T], nats; 0 for a row's first real token and where masked.
   """
+  chex.assert_rank([tokens_BT, mask_BT], 2)
+  chex.assert_equal_shape([tokens_BT, mask_BT])
   length = tokens_BT.shape[1]
+  tokens_BT = jnp.where(mask_BT, tokens_BT, 0)
   index_T = jnp.arange(length)
   # The next real token after t, and the last one before it (length and -1: none).
   place_BT = jnp.where(mask_BT, index_T, length)
@@ -101,10 +106,10 @@ def score(
     )
   if not np.issubdtype(tokens.dtype, np.integer):
     raise DataError(f"tokens have dtype {tokens.dtype}; give integer token ids")
-  if not (np.isfinite(temperature) and temperature > 0):
+  if not (np.isfinite(temperature) and temperature >= MIN_TEMPERATURE):
     raise ConfigError(
-      f"temperature={temperature}: log-probabilities need a positive temperature "
-      "(score greedy samples at temperature 1)"
+      f"temperature={temperature}: log-probabilities need a positive temperature, at "
+      f"least {MIN_TEMPERATURE} (score greedy samples at temperature 1)"
     )
   config = policy.model.config
   real = tokens[mask]
@@ -136,5 +141,7 @@ def score(
     if policy.model.mesh is not None:
       layout = sharding(policy.model.mesh, ("batch", None), part[0].shape)
       part = jax.device_put(part, layout)
-    out.append(_jit_token_logp(policy.model, policy.params, *part, temperature))
+    out.append(
+      _jit_token_logp(policy.model, policy.params, *part, np.float32(temperature))
+    )
   return np.concatenate([np.asarray(x) for x in out])[:rows, :length]
