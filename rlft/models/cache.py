@@ -95,7 +95,10 @@ def write(cache: Cache, layer: Any, k_BNH: jax.Array, v_BNH: jax.Array) -> Cache
 
   def put(store, token_BNH):
     if cache.stacked:
-      place = store.at[layer, rows_B, :, cache.cursor_B]
+      # Heads are indexed too: a scatter whose window spans them makes the TPU compiler
+      # keep the cache in a layout of its own, and copy each layer for the product.
+      heads_N = jnp.arange(token_BNH.shape[1])
+      place = store.at[layer, rows_B[:, None], heads_N, cache.cursor_B[:, None]]
     else:
       place = store.at[rows_B, :, cache.cursor_B]
     return place.set(
