@@ -117,6 +117,10 @@ def partition_spec(
   for axis, size in zip(axes, shape):
     names = rules.get(axis) if axis is not None else None
     parts.append(names if size % axis_size(mesh, names) == 0 else None)
+  # As jax writes the layouts of results: P(None) and P() mean the same and are not
+  # equal, and a train step that gets the one and gives the other compiles twice.
+  while parts and parts[-1] is None:
+    parts.pop()
   return PartitionSpec(*parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from typing import Literal
 
@@ -21,9 +22,9 @@ class OptimizerConfig:
   Attributes:
     learning_rate: the peak.
     schedule: "constant", "linear" or "cosine" decay to `end_factor` of the peak.
-    warmup_steps: linear warm-up from 0.
+    warmup_steps: linear warm-up; its first update already moves.
     total_steps: length of the schedule, warm-up included; 0 is the length of the run.
-    end_factor: last learning rate over the peak.
+    end_factor: what the decay ends at, over the peak.
     b1, b2, eps: of Adam (Kingma & Ba 2015); eps 1e-8 for supervised training, RL takes
       1e-5.
     weight_decay: decoupled (Loshchilov & Hutter 2019).
@@ -47,12 +48,30 @@ class OptimizerConfig:
   freeze: tuple[str, ...] = ()
 
   def __post_init__(self):
+    if self.schedule not in ("constant", "linear", "cosine"):
+      raise ConfigError(
+        f"schedule={self.schedule!r}: choose 'constant', 'linear' or 'cosine'"
+      )
     for name in ("learning_rate", "eps"):
-      if not getattr(self, name) > 0:
+      if not 0 < getattr(self, name) < math.inf:
         raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
-    for name in ("warmup_steps", "total_steps", "clip_norm", "weight_decay"):
-      if getattr(self, name) < 0:
+    for name in (
+      "warmup_steps",
+      "total_steps",
+      "end_factor",
+      "clip_norm",
+      "weight_decay",
+    ):
+      if not 0 <= getattr(self, name) < math.inf:
         raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: must be in [0, 1)")
+    if self.total_steps and self.warmup_steps > self.total_steps:
+      raise ConfigError(
+        f"warmup_steps={self.warmup_steps} is longer than the whole schedule, "
+        f"total_steps={self.total_steps}: the peak would never be reached"
+      )
     for pattern in (*self.no_decay, *self.freeze):
       try:
         re.compile(pattern)
@@ -89,7 +108,7 @@ def learning_rate(
 
 
 def matches(params: dict, patterns: tuple[str, ...]) -> dict:
-  """Tree of bool: whether a parameter's path contains one of the patterns."""
+  """Tree of bool: whether one of the patterns is found in a parameter's path."""
 
   def match(path, _):
     name = "/".join(str(part.key) for part in path)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards, constrain
@@ -22,6 +22,7 @@ from rlft.training.optimizer import (
   check_patterns,
   learning_rate,
   make_optimizer,
+  matches,
 )
 
 # {name: (sum, denominator)}; "loss" is the one that is differentiated.
@@ -60,11 +61,20 @@ def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState
     ConfigError: a `freeze` pattern matches nothing, or leaves nothing to train.
   """
   check_patterns(config, params)
-  params = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), params)
-  # Under jit the moments come out in the layout of the parameters they belong to.
-  opt_state = jax.jit(make_optimizer(config).init)(params)
-  horizon = config.total_steps or horizon
-  return TrainState(params, opt_state, jnp.int32(0), jnp.int32(horizon))
+  params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
+  # Not under jit: there the moments do not see where the parameters lie, and all of
+  # them would start on one device.
+  opt_state = make_optimizer(config).init(params)
+  state = TrainState(
+    params, opt_state, jnp.int32(0), jnp.int32(config.total_steps or horizon)
+  )
+  home = jax.tree.leaves(params)[0].sharding
+  if isinstance(home, NamedSharding):
+    # Counters lie on the whole mesh from the start, as they do after an update: another
+    # layout would be another compilation.
+    whole = NamedSharding(home.mesh, PartitionSpec())
+    state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), state)
+  return state
 
 
 def make_step(
@@ -125,17 +135,29 @@ def make_step(
       )
     grads, sums = accumulate(state.params, batch)
     denominator = sums["loss"][1]
-    scale = 1.0 / jnp.maximum(denominator, 1.0)
-    grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    scale = _quotient(1.0, denominator)
+    # Frozen parameters' gradients end here, so that the compiler drops them, and the
+    # norm that is logged is the norm that is clipped.
+    grads = jax.tree.map(
+      lambda g, frozen: jnp.zeros_like(g) if frozen else g * scale.astype(g.dtype),
+      grads,
+      matches(grads, config.freeze),
+    )
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rate = learning_rate(config, state.step, state.horizon)
     updates = jax.tree.map(lambda d: -rate * d, directions)
-    metrics = {name: s / jnp.maximum(d, 1.0) for name, (s, d) in sums.items()}
+    metrics = {name: _quotient(s, d) for name, (s, d) in sums.items()}
     metrics["loss_denominator"] = denominator
-    metrics["grad_norm"] = optax.global_norm(grads)
-    metrics["update_norm"] = optax.global_norm(updates)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["update_norm"] = optax.tree.norm(updates)
     metrics["learning_rate"] = rate
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.horizon), metrics
 
   return jax.jit(train_step, donate_argnums=0)
+
+
+def _quotient(total, denominator):
+  """total / denominator; 0 where nothing was counted."""
+  some = denominator > 0
+  return jnp.where(some, total / jnp.where(some, denominator, 1.0), 0.0)
