@@ -79,9 +79,12 @@ def lm_logp(
 
   @jax.checkpoint
   def one(hidden_BSE, targets_BS):
-    logits_BSV = lm_logits(params, config, hidden_BSE) / temperature_B1[..., None]
-    chosen_BS = jnp.take_along_axis(logits_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    return chosen_BS - jax.nn.logsumexp(logits_BSV, axis=-1)
+    logits_BSV = lm_logits(params, config, hidden_BSE)
+    # Centred before the division, as in `sampling.logits.choose`.
+    top_BS1 = jax.lax.stop_gradient(jnp.max(logits_BSV, axis=-1, keepdims=True))
+    scaled_BSV = (logits_BSV - top_BS1) / temperature_B1[..., None]
+    chosen_BS = jnp.take_along_axis(scaled_BSV, targets_BS[..., None], axis=-1)[..., 0]
+    return chosen_BS - jnp.log(jnp.sum(jnp.exp(scaled_BSV), axis=-1))
 
   if chunks == 1:
     return one(hidden_BTE, targets_BT)

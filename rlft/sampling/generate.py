@@ -187,10 +187,10 @@ def generate(
   rng.check_seed(seed)
   if not _is_int(step) or not 0 <= step < 2**31:
     raise ConfigError(f"step={step!r}: a step is an integer from 0 to 2**31 - 1")
-  prompt_ids = np.arange(count) if prompt_ids is None else np.asarray(prompt_ids)
+  prompt_ids = np.atleast_1d(np.arange(count) if prompt_ids is None else prompt_ids)
   forced = [[]] * count if forced is None else forced
   for name, given in (("prompt_ids", prompt_ids), ("forced", forced)):
-    if np.ndim(given) == 0 or len(given) != count:
+    if len(given) != count:
       raise ConfigError(
         f"{name} needs one entry for each of {count} prompts: {given!r}"
       )

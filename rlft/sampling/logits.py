@@ -158,9 +158,11 @@ def choose(
   chex.assert_rank(logits_BV, 2)
   greedy_B = sampling.temperature_B == 0
   temperature_B = jnp.where(greedy_B, 1.0, sampling.temperature_B)
-  scaled_BV = logits_BV / temperature_B[:, None]
-  top_B = jnp.max(scaled_BV, axis=-1)
-  mass_BV = jnp.exp(scaled_BV - top_B[:, None])
+  # Centred before it is divided: a low temperature would enlarge the logits, and with
+  # them the rounding of their differences.
+  top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  scaled_BV = (logits_BV - top_B1) / temperature_B[:, None]
+  mass_BV = jnp.exp(scaled_BV)
   drawn = sampling.replace(
     top_k_B=jnp.where(greedy_B, 0, sampling.top_k_B),
     top_p_B=jnp.where(greedy_B, 1.0, sampling.top_p_B),
@@ -177,7 +179,7 @@ def choose(
     jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
     inverse_cdf(left_BV, *uniform_B),
   )
-  at_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0] - top_B
+  at_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
   raw_logp_B = at_B - jnp.log(mass_BV.sum(-1))
   logp_B = at_B - jnp.log(left_BV.sum(-1))
   return token_B, logp_B, raw_logp_B
