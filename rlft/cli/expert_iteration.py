@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
   with MetricWriter(workdir) as writer, Events(writer) as on_event:
     if config.sft_first is not None:
-      trained = sft.train(policy, rows, config.sft_first)
-      policy = trained.policy
+      policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
     result = ei.run(
       policy,
       train,

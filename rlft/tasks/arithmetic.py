@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter
+from typing import Literal
 
 from rlft.core.errors import ConfigError
 from rlft.core.types import Example, Verdict
@@ -65,6 +66,8 @@ class Knobs:
     factors: smallest and largest number of groups, multiplier or divisor, at least 2.
     operations: those that may be needed, out of "+-*/".
     max_value: the largest intermediate result.
+    reference: which valid solution is the reference: "story" takes the story's order
+      for four problems in five, "any" takes each with the same probability.
   """
 
   steps: tuple[int, int] = (2, 4)
@@ -72,6 +75,7 @@ class Knobs:
   factors: tuple[int, int] = (2, 5)
   operations: str = "+-*/"
   max_value: int = 99
+  reference: Literal["story", "any"] = "story"
 
   def __post_init__(self):
     for name, least, most in (
@@ -85,6 +89,8 @@ class Knobs:
           f"knobs.{name} is {(low, high)}; it is (low, high) with"
           f" {least} <= low <= high <= {most}."
         )
+    if self.reference not in ("story", "any"):
+      raise ConfigError(f"knobs.reference is {self.reference!r}; 'story' or 'any'.")
     if not self.operations or set(self.operations) - set("+-*/"):
       raise ConfigError(
         f"knobs.operations is {self.operations!r}; it is some of '+-*/'."
@@ -241,7 +247,9 @@ def _shift(knobs: Knobs, split: str) -> Knobs:
 def _problem(split: str, index: int, knobs: Knobs, seed: int) -> Example:
   draws, plot, ways = _plot(split, index, knobs, seed)
   way = ways[0]
-  if len(ways) > 1 and draws.below(10) >= 8:
+  if knobs.reference == "any":
+    way = draws.pick(ways)
+  elif len(ways) > 1 and draws.below(10) >= 8:
     way = draws.pick(ways[1:])
   wording = "unseen" if split == "ood_templates" else "seen"
   prompt = _tell(plot, wording, draws) + "\n"

@@ -309,3 +309,20 @@ def test_knobs_are_obeyed():
     assert not set("*/") & set(example.solution)
     results = re.findall(r"=(\d+)", example.solution)
     assert all(int(result) <= 99 for result in results)
+
+
+def test_references_in_any_order_take_each_solution_alike():
+  knobs = arithmetic.Knobs(reference="any")
+  told = arithmetic.generate("train", 600)
+  ranks, story_first = [], 0
+  for plain, example in zip(told, arithmetic.generate("train", 600, knobs)):
+    ways = arithmetic.solutions("train", example.id, knobs)
+    assert example.solution in ways and example.answer == plain.answer
+    if len(ways) > 1:
+      ranks.append(ways.index(example.solution) / (len(ways) - 1))
+      story_first += plain.solution == ways[0]
+  # Uniform ranks have mean 1/2; in story order four in five are the first.
+  assert abs(sum(ranks) / len(ranks) - 0.5) < 0.06
+  assert story_first / len(ranks) > 0.7
+  with pytest.raises(ConfigError, match="reference"):
+    arithmetic.Knobs(reference="last")
