@@ -116,9 +116,13 @@ def partition_spec(
   parts = []
   for axis, size in zip(axes, shape):
     names = rules.get(axis) if axis is not None else None
-    parts.append(names if size % axis_size(mesh, names) == 0 else None)
-  # As jax writes the layouts of results: P(None) and P() mean the same and are not
-  # equal, and a train step that gets the one and gives the other compiles twice.
+    names = (names,) if isinstance(names, str) else names or ()
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    sharded = names and size % axis_size(mesh, names) == 0
+    parts.append((names if len(names) > 1 else names[0]) if sharded else None)
+  # One spelling of each layout, the one in which jax gives results back: P(None) and
+  # P("x") with one x mean P() and are not equal to it, and a train step that takes the
+  # one and gives the other is compiled twice.
   while parts and parts[-1] is None:
     parts.pop()
   return PartitionSpec(*parts)

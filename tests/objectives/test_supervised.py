@@ -1,0 +1,71 @@
+"""Cross-entropy as a sum and its denominator."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlft.objectives.supervised import cross_entropy
+
+LOGP = np.log(np.array([[0.5, 0.25, 0.1], [0.125, 0.2, 1.0]], np.float32))
+WEIGHT = np.array([[1.0, 0.0, 2.0], [0.5, 1.0, 0.0]], np.float32)
+
+
+def test_by_hand():
+  total, count = cross_entropy(LOGP, WEIGHT)
+  by_hand = np.log(2) + 2 * np.log(10) + 0.5 * np.log(8) + np.log(5)
+  assert float(total) == pytest.approx(by_hand, rel=1e-6)
+  assert float(count) == 4.5
+  assert total.dtype == count.dtype == jnp.float32
+
+
+def test_mask_as_weight():
+  total, count = cross_entropy(LOGP, np.array([[True, False, False], [False] * 3]))
+  assert float(total) == pytest.approx(np.log(2)) and float(count) == 1
+
+
+@pytest.mark.parametrize("leak", [np.nan, np.inf, -np.inf])
+def test_nothing_leaks_from_under_weight_zero(leak):
+  logp = np.where(WEIGHT > 0, LOGP, leak).astype(np.float32)
+  total = lambda x: cross_entropy(x, WEIGHT)[0]
+  value, grad = jax.value_and_grad(total)(logp)
+  assert float(value) == pytest.approx(float(total(LOGP)))
+  np.testing.assert_array_equal(grad, -WEIGHT)
+
+
+def test_nan_under_weight_is_not_hidden():
+  logp = LOGP.copy()
+  logp[0, 0] = np.nan
+  assert np.isnan(cross_entropy(logp, WEIGHT)[0])
+
+
+def test_parts_add_up_to_the_whole():
+  whole = cross_entropy(LOGP, WEIGHT)
+  parts = [cross_entropy(LOGP[i : i + 1], WEIGHT[i : i + 1]) for i in range(2)]
+  for k in range(2):
+    assert float(sum(part[k] for part in parts)) == pytest.approx(float(whole[k]))
+
+
+def test_order_of_rows_is_nothing():
+  a, b = cross_entropy(LOGP, WEIGHT), cross_entropy(LOGP[::-1], WEIGHT[::-1])
+  assert float(a[0]) == pytest.approx(float(b[0]), rel=1e-6) and a[1] == b[1]
+
+
+def test_no_weight_is_no_loss():
+  total, count = cross_entropy(LOGP, np.zeros_like(WEIGHT))
+  assert float(total) == 0 and float(count) == 0
+
+
+def test_bfloat16_is_reduced_in_float32():
+  logp = jnp.full((1, 4096), -1.0, jnp.bfloat16)
+  total, _ = cross_entropy(logp, np.ones((1, 4096), np.float32))
+  assert float(total) == 4096  # in bfloat16 the sum would stop growing at 256
+
+
+def test_shapes_are_checked():
+  with pytest.raises(AssertionError):
+    cross_entropy(LOGP, WEIGHT[:, :2])
+  with pytest.raises(AssertionError):
+    cross_entropy(LOGP[0], WEIGHT[0])
