@@ -6,12 +6,14 @@ used.
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 
 
 def total(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-  """Sum of x over the mask, float32."""
+  """Sum of x over a mask of the same shape, float32."""
+  chex.assert_equal_shape([x, mask])  # broadcast, sum and count would disagree
   return jnp.sum(jnp.where(mask, x, 0.0).astype(jnp.float32), axis=axis)
 
 

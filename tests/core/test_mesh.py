@@ -1,0 +1,108 @@
+"""The mesh: sizes that fit, logical axes to mesh axes, and what is not divisible."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rlft.core import mesh as meshes
+from rlft.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ({}, (8, 1, 1)),
+    ({"tensor": 2}, (4, 1, 2)),
+    ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+    ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 4)),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+  ],
+)
+def test_sizes(sizes, shape):
+  mesh = meshes.make_mesh(**sizes)
+  assert mesh.axis_names == ("data", "fsdp", "tensor")
+  assert tuple(mesh.shape.values()) == shape
+  assert meshes.batch_shards(mesh) == shape[0] * shape[1]
+  assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+def test_some_of_the_devices():
+  mesh = meshes.make_mesh(devices=jax.devices()[3:5])
+  assert [d.id for d in mesh.devices.flat] == [3, 4]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+    ({"data": 0}, "must be positive"),
+    ({"data": -2}, "must be positive"),
+    ({"tensor": 3}, "8 devices cannot be divided into groups of 3"),
+    ({"data": 2, "fsdp": 2}, "multiply to 4, but there are 8 devices"),
+    ({"data": 16}, "multiply to 16"),
+  ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+  with pytest.raises(ConfigError, match=message):
+    meshes.make_mesh(**sizes)
+
+
+def specs(mesh, axes, shape, **rules):
+  """The partition, as long as the shape."""
+  parts = tuple(meshes.partition_spec(mesh, axes, shape, **rules))
+  return parts + (None,) * (len(shape) - len(parts))
+
+
+def test_logical_axes():
+  mesh = meshes.make_mesh(2, 2, 2)
+  assert specs(mesh, ("vocab", "embed"), (10, 4)) == ("tensor", "fsdp")
+  assert specs(mesh, ("batch", None), (8, 5)) == (("data", "fsdp"), None)
+  assert specs(mesh, ("layers", "embed", "mlp"), (3, 4, 6)) == (None, "fsdp", "tensor")
+  assert specs(mesh, (), ()) == ()
+  with pytest.raises(ValueError, match="do not fit the shape"):
+    meshes.partition_spec(mesh, ("embed",), (4, 4))
+
+
+def test_what_does_not_divide_is_copied():
+  mesh = meshes.make_mesh(2, 2, 2)
+  assert specs(mesh, ("vocab", "embed"), (11, 4)) == (None, "fsdp")
+  assert specs(mesh, ("batch", None), (6, 5)) == (None, None)
+
+
+def test_rollout_rules_gather_nothing_for_a_token():
+  mesh = meshes.make_mesh(2, 2, 2)
+  rules = meshes.ROLLOUT_RULES
+  assert specs(mesh, ("embed", "mlp"), (4, 4), rules=rules) == (None, "tensor")
+  assert not any(names == "fsdp" for names in rules.values())
+
+
+def test_every_rule_names_axes_of_the_mesh():
+  for names in {**meshes.RULES, **meshes.ROLLOUT_RULES}.values():
+    names = (names,) if isinstance(names, str) else names or ()
+    assert set(names) <= set(meshes.AXES)
+
+
+def test_constrain():
+  x = jnp.arange(32.0).reshape(8, 4)
+  mesh = meshes.make_mesh(2, 2, 2)
+  pinned = jax.jit(lambda x: meshes.constrain(x, mesh, ("batch", "act_mlp")))(x)
+  assert {s.data.shape for s in pinned.addressable_shards} == {(2, 2)}
+  np.testing.assert_array_equal(np.asarray(pinned), x)
+  assert meshes.constrain(x, None, ("batch", None)) is x
+  one = meshes.make_mesh(devices=jax.devices()[:1])
+  assert meshes.constrain(x, one, ("batch", None)) is x
+
+
+def test_trees():
+  mesh = meshes.make_mesh(1, 4, 2)
+  shapes = {"a": {"kernel": np.zeros((8, 6))}, "scale": np.zeros((8,))}
+  axes = {"a": {"kernel": ("embed", "mlp")}, "scale": (None,)}
+  put = jax.device_put(shapes, meshes.tree_shardings(mesh, axes, shapes))
+  assert put["a"]["kernel"].addressable_shards[0].data.shape == (2, 3)
+  assert put["scale"].addressable_shards[0].data.shape == (8,)
+  whole = jax.device_put(np.zeros((8, 6)), meshes.replicated(mesh))
+  assert whole.sharding.spec == PartitionSpec() and whole.is_fully_replicated
