@@ -57,85 +57,153 @@ def encode_prompts(
     tokenizer: a `transformers` tokenizer.
     prompts: texts.
     chat: whether to put each into the tokenizer's chat template as the user's turn,
-      followed by the opening of the assistant's. Text that looks like a special token
-      is then encoded as plain text: a prompt cannot open or close a turn.
+      followed by the opening of the assistant's: the ids of `apply_chat_template`. Text
+      that looks like a special token is encoded as plain text, so that a prompt cannot
+      open or close a turn.
 
   Returns:
     A list of ids for each prompt.
 
   Raises:
-    ConfigError: `chat` without a chat template.
+    ConfigError: there is no tokenizer, or `chat` without a usable chat template.
   """
+  if tokenizer is None:
+    raise ConfigError("the policy has no tokenizer: it cannot read texts")
   if not chat:
     return [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
   if not getattr(tokenizer, "chat_template", None):
     raise ConfigError("chat=True, but the tokenizer has no chat template; set it False")
+  before, after, trims = _chat_frame(tokenizer)
+  prompts = [p.strip() if trims else p for p in prompts]
+  whole = _ids(tokenizer, [before + p + after for p in prompts])
+  head, tail = _ids(tokenizer, [before, after])
+  parsed, plain = _ids(tokenizer, prompts), _ids(tokenizer, prompts, plain=True)
+  return [
+    whole[i] if parsed[i] == plain[i] else head + plain[i] + tail
+    for i in range(len(prompts))
+  ]
+
+
+def _ids(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[int]]:
+  """Ids of texts as they stand, without BOS (chat templates bring their own).
+
+  `plain` reads what looks like a special token as ordinary text.
+  """
+  encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)
+  return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _chat_frame(tokenizer: Any) -> tuple[str, str, bool]:
+  """What the chat template puts around a user's text, and whether it strips it."""
   marker = "RLFTUSERTEXT"
   rendered = tokenizer.apply_chat_template(
-    [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+    [{"role": "user", "content": f" {marker} "}],
+    tokenize=False,
+    add_generation_prompt=True,
   )
-  before, found, after = rendered.partition(marker)
+  trims = f" {marker} " not in rendered
+  before, found, after = rendered.partition(marker if trims else f" {marker} ")
   if not found or marker in after:
     raise ConfigError("the chat template does not show the user's text exactly once")
-  plain = lambda text, **kw: tokenizer(text, add_special_tokens=False, **kw)[
-    "input_ids"
-  ]
-  head, tail = plain(before), plain(after)
-  return [head + plain(p, split_special_tokens=True) + tail for p in prompts]
+  return before, after, trims
+
+
+def completion_end(tokenizer: Any, eos_ids: Sequence[int], chat: bool = False) -> int:
+  """The token that ends a completion in training: one that also ends it in sampling.
+
+  In a chat it is the one that the template puts after the assistant's text, which need
+  not be the tokenizer's EOS.
+  """
+  if chat:
+    marker = "RLFTASSISTANTTEXT"
+    turns = [
+      {"role": "user", "content": "."},
+      {"role": "assistant", "content": marker},
+    ]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    for token in _ids(tokenizer, [rendered.rpartition(marker)[2]])[0]:
+      if token in eos_ids:
+        return token
+  own = tokenizer.eos_token_id
+  return own if own in eos_ids else eos_ids[0]
 
 
 def encode_rows(
   tokenizer: Any,
   eos_id: int,
-  rows: Sequence[tuple[str, str]],
+  rows: Sequence[tuple[str, str | Sequence[int]]],
   *,
   max_length: int,
   chat: bool = False,
   loss_on: str = "completion",
 ) -> list[TokenRow]:
-  """Encodes (prompt, completion) texts; the completion gets its EOS.
+  """Encodes (prompt, completion) rows; a completion that is text gets its EOS.
 
-  Prompt and completion are encoded apart, as they are when sampling. Rows that are
-  longer than `max_length` are dropped and counted in a warning, never cut.
+  Prompt and completion are encoded apart, as they are when sampling. A completion that
+  is a sequence of token ids was sampled, and is taken as it is. Rows that are longer
+  than `max_length`, or whose completion is empty, are dropped and counted in a warning;
+  none is cut.
 
   Args:
     tokenizer: a `transformers` tokenizer.
-    eos_id: ends the completion; it is in the loss.
-    rows: texts.
+    eos_id: ends a completion that is text; it is in the loss.
+    rows: prompt texts with their completions.
     max_length: tokens, EOS included.
-    chat: see `encode_prompts`.
-    loss_on: "completion", or "all" for the prompt too.
+    chat: see `encode_prompts`; special tokens in completions are plain text then too.
+    loss_on: "completion", or "all" for the prompt too. A row's first token has nothing
+      before it that could predict it, and is never in the loss.
 
   Raises:
-    DataError: there are no rows, or all are too long.
+    DataError: there are no rows, one is not a pair of texts, or none can be used.
   """
   if loss_on not in ("completion", "all"):
     raise ConfigError(f"loss_on={loss_on!r}: 'completion' or 'all'")
+  rows = list(rows)
   if not rows:
     raise DataError("no training rows")
-  prompts = encode_prompts(tokenizer, [p for p, _ in rows], chat)
-  completions = tokenizer([c for _, c in rows], add_special_tokens=False)["input_ids"]
-  out, dropped = [], 0
-  for prompt, completion in zip(prompts, completions):
-    tokens = (*prompt, *completion, eos_id)
+  for i, row in enumerate(rows):
+    if not _is_pair(row):
+      raise DataError(
+        f"training row {i} is {row!r:.200}; give (prompt, completion): a text, and a "
+        "text or a sequence of token ids"
+      )
+  whole = [(p, c) for p, c in rows if (c.strip() if isinstance(c, str) else len(c) > 0)]
+  if not whole:
+    raise DataError(f"all {len(rows)} training rows have an empty completion")
+  prompts = encode_prompts(tokenizer, [p for p, _ in whole], chat)
+  texts = [c for _, c in whole if isinstance(c, str)]
+  encoded = iter(_ids(tokenizer, texts, plain=chat) if texts else [])
+  out = []
+  for prompt, (_, completion) in zip(prompts, whole):
+    if isinstance(completion, str):
+      completion = [*next(encoded), eos_id]
+    tokens = (*prompt, *completion)
     if len(tokens) > max_length:
-      dropped += 1
       continue
     own = 1.0 if loss_on == "all" else 0.0
-    weight = (own,) * len(prompt) + (1.0,) * (len(completion) + 1)
-    out.append(TokenRow(tokens, weight))
+    weight = (own,) * len(prompt) + (1.0,) * len(completion)
+    out.append(TokenRow(tokens, (0.0, *weight[1:])))
   if not out:
     raise DataError(
-      f"all {len(rows)} training rows are longer than max_length={max_length} tokens"
+      f"all {len(whole)} training rows are longer than max_length={max_length} tokens"
     )
-  if dropped:
-    log.warning(
-      "%d of %d training rows are longer than max_length=%d tokens and were dropped",
-      dropped,
-      len(rows),
-      max_length,
-    )
+  for dropped, reason in (
+    (len(rows) - len(whole), "have an empty completion"),
+    (len(whole) - len(out), f"are longer than max_length={max_length} tokens"),
+  ):
+    if dropped:
+      log.warning(
+        "%d of %d training rows %s and were dropped", dropped, len(rows), reason
+      )
   return out
+
+
+def _is_pair(row: Any) -> bool:
+  """Whether a row is (text, text or token ids)."""
+  if not isinstance(row, tuple | list) or len(row) != 2:
+    return False
+  prompt, completion = row
+  return isinstance(prompt, str) and isinstance(completion, str | tuple | list)
 
 
 def collate(rows: Sequence[TokenRow], batch_size: int, length: int) -> TrainBatch:
