@@ -53,15 +53,15 @@ def draw_counts(mass_V, rounds):
   return jax.lax.fori_loop(0, rounds, one, jnp.zeros(mass_V.size, jnp.int32))
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 127, 128, 129, 255, 256, 257, 385, 1000])
+@pytest.mark.parametrize("vocab", [1, 7, 127, 128, 129, 257, 1000])
 def test_draws_follow_the_distribution(vocab):
-  """Chi-square of every token, and of every block, over two million draws in all."""
+  """Chi-square of every token, and of every block, over 1.8 million draws in all."""
   source = np.random.default_rng(vocab)
   mass = source.gamma(0.5, size=vocab).astype(np.float32)
   mass[source.random(vocab) < 0.2] = 0  # what filters leave
   edges = [i for i in (0, 126, 127, 128, 129, 255, 256, vocab - 1) if i < vocab]
   mass[edges] = 1.0  # block boundaries must be hit and counted
-  rounds = 256 if vocab in (129, 1000) else 32  # 1,048,576 draws, or an eighth
+  rounds = 256 if vocab == 1000 else 32  # 1,048,576 draws, or an eighth
   counts = np.asarray(draw_counts(mass, rounds), np.float64)
   draws = rounds * 4096
   assert counts.sum() == draws
@@ -265,7 +265,7 @@ def test_log_probabilities_are_those_of_the_drawn_distribution():
 
 def test_filtered_draws_follow_the_filtered_distribution():
   """Chi-square of `choose` itself, temperature and filters on."""
-  rows, rounds, vocab = 4096, 8, 150
+  rows, rounds, vocab = 2048, 8, 150
   logits = np.random.default_rng(3).normal(0, 2, vocab).astype(np.float32)
   sampling = settings_of(rows, temperature=1.7, top_k=60, top_p=0.9)
   keys_B = rng.row_keys(
