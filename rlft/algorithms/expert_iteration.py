@@ -1,17 +1,21 @@
 """Expert Iteration: sample, keep what a checker accepts, train on it, repeat.
 
   pi_0 = SFT checkpoint, or a pretrained base with a few-shot prompt
-  D_0  = SFT data if they are mixed in, else {}
+  D_0  = {}
   for i in 1..n:
     R   = {(q, a): q in prompts, a ~ pi_{i-1}(. | q), reward(q, a) >= threshold}
     D_i = dedupe(D_{i-1} + R)
-    pi_i = train(start, D_i)
+    pi_i = train(start, D_i + SFT data if they are mixed in)
 
 Source: Havrilla et al. 2024 (arXiv 2403.04642), section 3; Anthony et al. 2017. We
 differ in what is accepted: a right answer with a wrong chain ("lucky") passes the
 paper's checker. De-duplication amplifies those, for nearly every wrong chain is unique;
 so where the task can tell, the default accepts consistent chains only, and the lucky
 share is reported in every round, before and after de-duplication.
+
+Only completions that ended by themselves are accepted: one that the length limit cut
+would teach to stop in the middle. What is trained on are the sampled tokens, never the
+text tokenised again (except after a stop string, which may end inside a token).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
-from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
+from rlft.rewards.verifiable import Judge, call_reward, judge_all, verdict_reward
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
 
@@ -96,6 +100,15 @@ class EIConfig:
       )
     if self.few_shot and self.train.chat:
       raise ConfigError("few_shot is for base models, chat for chat models: choose one")
+    for name, legal in (
+      ("accept", ("consistent", "final")),
+      ("dedupe", ("chain", "text", "none")),
+      ("start", ("base", "sft", "previous")),
+    ):
+      if getattr(self, name) not in legal:
+        raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
+    if not np.isfinite(self.threshold):
+      raise ConfigError(f"threshold={self.threshold}: give a number")
     check_seed(self.seed)
 
 
@@ -109,6 +122,7 @@ class Solution:
     chain: its operations, None when they cannot be read.
     lucky: a right answer by an inconsistent chain.
     round: in which it was found first.
+    tokens: the sampled ids with their EOS; empty when a stop string ended it.
   """
 
   prompt_id: int
@@ -116,6 +130,7 @@ class Solution:
   chain: tuple[str, ...] | None
   lucky: bool
   round: int
+  tokens: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -123,7 +138,8 @@ class EIResult:
   """What Expert Iteration gave.
 
   Attributes:
-    policy: of the best round by dev score, or of the last one without a dev split.
+    policy: of the best round by dev score (the start, when no round beat it), or of
+      the last one without a dev split.
     rounds: one dict of statistics a round.
     solutions: the accepted, de-duplicated data set.
     sampled_solutions: completions sampled for training, exactly.
@@ -140,25 +156,44 @@ class EIResult:
 
 
 def collect(
-  examples: Sequence[Example],
-  completions: Sequence[str],
+  rollout: Rollout,
   verdicts: Sequence[Verdict],
   rewards: Sequence[float | None],
   threshold: float,
   round_index: int,
+  eos_ids: Sequence[int],
 ) -> list[Solution]:
-  """The accepted samples; B completions, the samples of an example adjacent."""
-  samples = len(completions) // len(examples)
+  """The accepted samples of a rollout, with a verdict and a reward for each row."""
   out = []
-  for i, (text, verdict, reward) in enumerate(zip(completions, verdicts, rewards)):
-    if reward is None or not np.isfinite(reward) or reward < threshold:
+  for i, (text, verdict, reward) in enumerate(
+    zip(rollout.completions, verdicts, rewards)
+  ):
+    if reward is None or not reward >= threshold:  # neither is NaN
       continue
-    if not text.strip():
-      continue  # an empty completion teaches nothing, whatever it was worth
-    lucky = verdict.correct and verdict.consistent is False
-    prompt_id = examples[i // samples].id
-    out.append(Solution(prompt_id, text, verdict.chain, lucky, round_index))
+    if not rollout.finished[i] or not text.strip():
+      continue  # cut, or empty: it teaches nothing, whatever it was worth
+    tokens = _completion_ids(rollout, i)
+    out.append(
+      Solution(
+        prompt_id=int(rollout.prompt_ids[i]),
+        text=text,
+        chain=verdict.chain,
+        lucky=verdict.correct and verdict.consistent is False,
+        round=round_index,
+        tokens=tokens if tokens[-1] in eos_ids else (),
+      )
+    )
   return out
+
+
+def _completion_ids(rollout: Rollout, row: int) -> tuple[int, ...]:
+  return tuple(rollout.tokens[row][rollout.completion_mask[row]].tolist())
+
+
+def _target(solution: Solution, start: Policy) -> str | tuple[int, ...]:
+  """The sampled tokens, where they end as completions of the trained model end."""
+  ends = solution.tokens[-1:]
+  return solution.tokens if ends and ends[0] in start.eos_ids else solution.text
 
 
 def dedupe(
@@ -179,14 +214,19 @@ def dedupe(
 
 
 def cap(solutions: Sequence[Solution], most: int) -> list[Solution]:
-  """At most so many solutions a prompt; those whose chain is rarest over all first."""
+  """At most so many solutions a prompt; those whose chain is rarest over all first.
+
+  Lucky and unreadable chains come last: nearly all of them are unique, and rarity would
+  choose them before every valid one.
+  """
   if not most:
     return list(solutions)
   counts = collections.Counter(s.chain for s in solutions)
   by_prompt = collections.defaultdict(list)
   for i, solution in enumerate(solutions):
-    by_prompt[solution.prompt_id].append((counts[solution.chain], i))
-  keep = {i for ranked in by_prompt.values() for _, i in sorted(ranked)[:most]}
+    last = solution.lucky or solution.chain is None
+    by_prompt[solution.prompt_id].append((last, counts[solution.chain], i))
+  keep = {i for ranked in by_prompt.values() for *_, i in sorted(ranked)[:most]}
   return [s for i, s in enumerate(solutions) if i in keep]
 
 
@@ -228,15 +268,21 @@ def run(
   Raises:
     ConfigError, DataError: before any device work; and `DataError` when the first round
       accepts nothing and there are no SFT rows to train on.
+    RewardError: a reward function or the judge raised, or gave what is no number.
   """
   if not examples:
     raise DataError("no training prompts")
   if len({e.id for e in examples}) != len(examples):
     raise DataError("two training prompts have the same id: their noise would be equal")
+  base = base or policy
+  for start in (policy, base):  # not after hours of sampling
+    sft.check(start, config.train)
+  if base.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    raise ConfigError("base has another vocabulary than the policy that samples for it")
   began = time.perf_counter()
   tell = on_event or (lambda kind, values: None)
   rows = list(sft_rows) if config.mix_sft else []
-  starts = {"base": base or policy, "sft": policy}
+  starts = {"base": base, "sft": policy}
   prompt_of = {e.id: e.prompt for e in examples}
 
   best, best_score, since = policy, None, 0
@@ -248,9 +294,13 @@ def run(
     rollout = _sample(current, examples, config, index, tell)
     sampled += len(rollout.completions)
     verdicts = judge_all(judge, rollout.completions, examples)
-    rewards = _rewards(reward, config, rollout, verdicts, examples)
+    if reward is None:
+      rewards = [verdict_reward(v, config.accept) for v in verdicts]
+    else:
+      ids = [_completion_ids(rollout, row) for row in range(len(verdicts))]
+      rewards = call_reward(reward, rollout.completions, ids, examples)
     found = collect(
-      examples, rollout.completions, verdicts, rewards, config.threshold, index
+      rollout, verdicts, rewards, config.threshold, index, current.eos_ids
     )
     solutions = dedupe([*solutions, *found], config.dedupe)
     kept = cap(solutions, config.max_per_prompt)
@@ -258,18 +308,26 @@ def run(
     if not found:
       message = (
         f"round {index}: none of {len(verdicts)} samples was accepted (answers found: "
-        f"{stats['answered']:.1%}, correct: {stats['correct']:.1%})"
+        f"{stats['answered']:.1%}, correct: {stats['correct']:.1%}, cut by the length "
+        f"limit: {stats['truncated']:.1%})"
       )
       if not kept and not rows:
         raise DataError(
           f"{message}, and there are no SFT rows: nothing to train on. Use a few_shot "
           "prompt or SFT so that answers parse, more samples_per_prompt, or easier "
-          "prompts"
+          "prompts; where most are cut, a longer max_new_tokens or a stop string"
         )
       log.warning("%s; training goes on with what there was", message)
+    if rounds and stats["lucky_of_kept"] > rounds[-1]["lucky_of_kept"]:
+      log.warning(
+        "round %d: the lucky share of the training set grew from %.1f%% to %.1f%%",
+        index,
+        100 * rounds[-1]["lucky_of_kept"],
+        100 * stats["lucky_of_kept"],
+      )
 
-    data = rows + [(prompt_of[s.prompt_id], s.text) for s in kept]
     start = current if config.start == "previous" else starts[config.start]
+    data = rows + [(prompt_of[s.prompt_id], _target(s, start)) for s in kept]
     result = sft.train(
       start,
       data,
@@ -322,30 +380,6 @@ def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:
     max_rows=config.max_rows,
     on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
   )
-
-
-def _rewards(reward, config, rollout, verdicts, examples):
-  if reward is None:
-    return [verdict_reward(v, config.accept) for v in verdicts]
-  samples = config.samples_per_prompt
-  each = [e for e in examples for _ in range(samples)]
-  ids = [
-    row[mask].tolist() for row, mask in zip(rollout.tokens, rollout.completion_mask)
-  ]
-  values = reward(
-    prompts=[e.prompt for e in each],
-    completions=rollout.completions,
-    completion_ids=ids,
-    answer=[e.answer for e in each],
-    solution=[e.solution for e in each],
-  )
-  if len(values) != len(each):
-    name = getattr(reward, "__name__", reward)
-    raise ConfigError(
-      f"the reward function {name} returned {len(values)} values for {len(each)} "
-      "completions"
-    )
-  return list(values)
 
 
 def _round_stats(index, rollout, verdicts, rewards, found, kept) -> dict[str, Any]:

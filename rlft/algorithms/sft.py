@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -23,8 +24,14 @@ from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
 from rlft.objectives.supervised import cross_entropy
 from rlft.sampling.score import token_logp
-from rlft.training.data import TrainBatch, batches, encode_rows
-from rlft.training.optimizer import OptimizerConfig
+from rlft.training.data import (
+  TrainBatch,
+  batches,
+  completion_end,
+  encode_prompts,
+  encode_rows,
+)
+from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.step import Sums, init_state, make_step
 
 
@@ -65,6 +72,13 @@ class SFTConfig:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
     if self.update_tokens < 0:
       raise ConfigError(f"update_tokens={self.update_tokens}: 0 (off) or positive")
+    for name, legal in (
+      ("loss_on", ("completion", "all")),
+      ("compute_dtype", ("float32", "bfloat16")),
+      ("remat", ("none", "full", "dots")),
+    ):
+      if getattr(self, name) not in legal:
+        raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
     check_seed(self.seed)
 
 
@@ -115,17 +129,35 @@ def make_train_step(model: Decoder, optimizer: OptimizerConfig, micro_batches: i
   )
 
 
+def check(policy: Policy, config: SFTConfig) -> None:
+  """Raises `ConfigError` when this policy cannot be trained so; no device work."""
+  if policy.tokenizer is None:
+    raise ConfigError("the policy has no tokenizer: it cannot be trained on texts")
+  if not policy.eos_ids:
+    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  if config.chat:
+    encode_prompts(policy.tokenizer, ["."], chat=True)  # the template's own errors
+  shards = batch_shards(policy.model.mesh)
+  need = config.micro_batches * shards
+  if config.batch_size % need:
+    raise ConfigError(
+      f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
+      f"shards = {config.micro_batches} x {shards} = {need}"
+    )
+  check_patterns(config.optimizer, policy.params)
+
+
 def train(
   policy: Policy,
-  rows: Sequence[tuple[str, str]],
+  rows: Sequence[tuple[str, str | Sequence[int]]],
   config: SFTConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> SFTResult:
-  """Trains a policy on (prompt, completion) texts.
+  """Trains a policy on (prompt, completion) rows.
 
   Args:
     policy: where to start; its parameters are not changed.
-    rows: the training data.
+    rows: texts; a completion may also be the token ids that were sampled.
     config: see `SFTConfig`.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
@@ -137,19 +169,14 @@ def train(
     ConfigError, DataError: before any device work.
   """
   began = time.perf_counter()
+  check(policy, config)
   model = policy.model.clone(
     dtype=jax.numpy.dtype(config.compute_dtype), remat=config.remat
   )
-  need = config.micro_batches * batch_shards(model.mesh)
-  if config.batch_size % need:
-    raise ConfigError(
-      f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
-      f"shards = {config.micro_batches} x {batch_shards(model.mesh)} = {need}"
-    )
   limit = min(config.max_length, model.config.max_positions)
   encoded = encode_rows(
     policy.tokenizer,
-    policy.eos_ids[0],
+    completion_end(policy.tokenizer, policy.eos_ids, config.chat),
     rows,
     max_length=limit,
     chat=config.chat,
@@ -157,12 +184,10 @@ def train(
   )
   per_epoch = sum(sum(row.weight) for row in encoded)
   if not per_epoch:
-    raise DataError("no token is in the loss: all completions are empty")
-  if config.update_tokens:
-    epochs = config.update_tokens / per_epoch
-  else:
-    epochs = float(config.epochs)
-  planned = max(1, round(epochs * len(encoded) / config.batch_size))
+    raise DataError("no token is in the loss: each row is one token long")
+  epochs = config.update_tokens / per_epoch if config.update_tokens else config.epochs
+  # A batch that its epoch cannot fill is an update too.
+  planned = math.ceil(epochs * math.ceil(len(encoded) / config.batch_size))
   step = make_train_step(model, config.optimizer, config.micro_batches)
   state = init_state(policy.params, config.optimizer, planned)
   losses, tokens, epoch, before = [], 0, 0, None
