@@ -9,6 +9,7 @@ read, and waiting prompts are prefilled into them; until then the host sleeps.
 
 from __future__ import annotations
 
+import functools
 import operator
 import time
 import weakref
@@ -67,23 +68,24 @@ def rollout_layout(
   dtype = jnp.dtype(model.dtype if dtype is None else dtype)
   leaf = jax.tree.leaves(params)[0]
   platform = next(iter(leaf.devices())).platform
-  scan = platform == "tpu"
+  scan = model.scan and platform == "tpu"
   target = model.clone(dtype=dtype, scan=scan, remat="none")
   if model.mesh is not None and model.mesh.size > 1:
     layout = tree_shardings(
       model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
     )
     params = jax.device_put(params, layout)
-
-  def convert(params):
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    if model.scan and not scan:
-      params = unstack_layers(params, model.config.layers)
-    return params
-
-  if (model.scan and not scan) or leaf.dtype != dtype:
-    params = jax.jit(convert)(params)
+  unstack = model.scan and not scan
+  if unstack or leaf.dtype != dtype:
+    params = _convert(params, dtype, model.config.layers if unstack else 0)
   return target, params
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _convert(params: dict, dtype: Any, layers: int) -> dict:
+  """The parameters in another dtype, unstacked unless `layers` is 0."""
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  return unstack_layers(params, layers) if layers else params
 
 
 _layout_of: list = []  # one entry: (weak references to the source, model, layout)
