@@ -528,6 +528,9 @@ class Decoder(nn.Module):
       rope = _rope_table(config, positions_BT, config.rope_theta, config.rope_scaling)
       if config.local_rope_theta is not None:
         local = _rope_table(config, positions_BT, config.local_rope_theta, None)
+    if cache is not None:
+      # Else the CPU compiler makes sines and cosines again inside every layer.
+      rope, local = jax.lax.optimization_barrier((rope, local))
     return _Context(mask, distance, rope, local)
 
 

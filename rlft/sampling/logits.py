@@ -174,11 +174,12 @@ def choose(
     lambda: jnp.where(keep_mask(scaled_BV, drawn), mass_BV, 0.0),
     lambda: mass_BV,
   )
-  token_B = jnp.where(
-    greedy_B,
-    jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
-    inverse_cdf(left_BV, *uniform_B),
+  best_B = jax.lax.cond(
+    jnp.any(greedy_B),
+    lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    lambda: jnp.zeros_like(sampling.top_k_B),
   )
+  token_B = jnp.where(greedy_B, best_B, inverse_cdf(left_BV, *uniform_B))
   at_B = jnp.take_along_axis(scaled_BV, token_B[:, None], axis=-1)[:, 0]
   raw_logp_B = at_B - jnp.log(mass_BV.sum(-1))
   logp_B = at_B - jnp.log(left_BV.sum(-1))
