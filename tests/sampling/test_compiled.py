@@ -193,11 +193,11 @@ def fresh_jit_decode():
   return jax.jit(run, static_argnums=0, donate_argnums=2)
 
 
-def compile_decode():
+def compile_decode(jitted):
   model = Decoder(CONFIG)
   model, params = rollout_layout(model, init_params(model, jax.random.key(0)))
   state = decode.jit_empty(model, S, K, P, C, 4)
-  lowered = fresh_jit_decode().lower(
+  lowered = jitted.lower(
     model, params, state, rules_of(128), np.int32(5), np.int32(S + 1)
   )
   return Program(lowered.compile()), params, state
@@ -205,7 +205,7 @@ def compile_decode():
 
 @pytest.fixture(scope="module")
 def decoding():
-  return compile_decode()
+  return compile_decode(decode.jit_decode)
 
 
 def test_decode_copies_no_cache(decoding):
@@ -248,7 +248,7 @@ def test_a_copy_would_be_seen(monkeypatch):
     return cache.replace(k=tuple(k), v=tuple(v))
 
   monkeypatch.setattr(kv_cache, "write", rewrite)
-  program, _, _ = compile_decode()
+  program, _, _ = compile_decode(fresh_jit_decode())
   assert len(copies(program, program.in_loops(), LAYER, TOKEN)) >= CONFIG.layers
 
 

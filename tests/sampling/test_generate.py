@@ -364,7 +364,9 @@ def many(policy, **settings):
   prompts = [rng.integers(0, V, n % 13 + 1).tolist() for n in range(23)]
   limits = (rng.integers(1, 17, 23)).tolist()
   ends = dataclasses.replace(policy, eos_ids=(5, 60, 61, 62))
-  return sample(ends, prompts, max_new_tokens=limits, temperature=1.5, **settings)
+  settings = {"temperature": 1.5, "stop": ["a", "ed"]} | settings
+  forced = [[8] * (n % 3) for n in range(23)]
+  return sample(ends, prompts, max_new_tokens=limits, forced=forced, **settings)
 
 
 def test_refill_equals_one_batch(policy):
