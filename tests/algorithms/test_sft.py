@@ -17,7 +17,7 @@ from rlft.models.decoder import param_axes, param_shapes
 from rlft.sampling.generate import generate
 from rlft.sampling.score import score
 from rlft.tasks import arithmetic
-from rlft.training.data import collate, encode_rows
+from rlft.training.data import batches, collate, encode_rows
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.step import init_state
 
@@ -145,6 +145,18 @@ def test_epochs(policy, rows):
   assert rates == sorted(rates, reverse=True)
   assert 0 < rates[-1] < 0.2 * rates[0]
   assert [metrics["loss"] for _, _, metrics in calls] == result.losses
+
+
+def test_every_epoch_is_another_permutation(policy, rows, monkeypatch):
+  asked = []
+
+  def recorded(*args, **kwargs):
+    asked.append((kwargs["seed"], kwargs["epoch"]))
+    return batches(*args, **kwargs)
+
+  monkeypatch.setattr(sft, "batches", recorded)
+  sft.train(policy, rows, dataclasses.replace(CONFIG, epochs=3, seed=6))
+  assert asked == [(6, 0), (6, 1), (6, 2)]
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 2.5])
