@@ -3,7 +3,16 @@
   rlft sft --config=configs/arithmetic_mini.py --workdir=runs/mini
   cp runs/mini/model/* rlft/assets/mini/
 
-It is stopped early on purpose: `rlft quickstart` needs a start with room above it.
+It is stopped early on purpose: `rlft quickstart` needs a start with room above it. The
+recipe (a constant learning rate, and 16 epochs because greedy@1 on dev was nearest to 0.4
+there; 14 gave less, 20 gave 0.66) was chosen on the dev split of another run.
+
+Measured, 481,920 parameters, 640 updates, 2.0 million tokens in the loss, 37 minutes on
+2 cores shared with other work; 250 prompts, K = 16, 95 % bootstrap intervals:
+
+  split  greedy@1           maj@16             pass@1             pass@16
+  dev    .400 [.336, .460]  .404 [.348, .462]  .237 [.207, .268]  .776 [.724, .828]
+  test   .356 [.296, .416]  .366 [.308, .426]  .228 [.197, .258]  .752 [.696, .804]
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,17 @@
     --config.task.path=DIR --workdir=runs/gsm8k_ei
 
 DIR holds train.jsonl and test.jsonl of github.com/openai/grade-school-math.
+
+Measured so far, not to the end: on one H100 (jax 0.11.2, float32, task.train=1500,
+max_rows=512, 225 s of machine time), before any training, 200 test prompts, K = 8:
+
+  greedy@1 .000 [.000, .000]   pass@1 .001 [.000, .002]   pass@8 .005 [.000, .015]
+  98.3 % of the samples have no answer: the model does not know the "#### N" format
+
+then SFT on 1,495 rows (5 are longer than max_length), 94 updates in 100 s with
+compilation, loss 1.08 -> 0.72 nats per token; then round 1 sampled 4,792 of 12,000
+solutions in 32 s before the time was up. No result of Expert Iteration on GSM8K is
+claimed.
 """
 
 from ml_collections import ConfigDict
