@@ -46,8 +46,9 @@ def get_config() -> ConfigDict:
         max_per_prompt=4,
         max_rows=64,
       ),
-      eval=dict(samples=8, ks=(1, 4, 8), temperature=0.8, max_new_tokens=192,
-                max_rows=64),
+      eval=dict(
+        samples=8, ks=(1, 4, 8), temperature=0.8, max_new_tokens=192, max_rows=64
+      ),
       eval_prompts=100,
     )
   )
