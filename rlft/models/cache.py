@@ -26,8 +26,9 @@ class Cache:
   """Keys and values of all layers.
 
   Attributes:
-    prompt_k, prompt_v: [S, N, P, H], for each layer: a tuple of L arrays, or one
-      array with a leading axis L (see `stacked`).
+    prompt_k, prompt_v: [S, N, H, P] and [S, N, P, H], for each layer: a tuple of L
+      arrays, or one array with a leading axis L (see `stacked`). Keys lie as the
+      product reads them: else a CPU transposes them again for every token.
     k, v: [B, N, C, H], for each layer, as above.
     prompt_mask_SP: bool, real prompt tokens.
     prompt_position_SP: int32, their positions.
@@ -75,7 +76,7 @@ def empty_cache(
     return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
   return Cache(
-    prompt_k=zeros(slots, kv_heads, prompt, head_dim),
+    prompt_k=zeros(slots, kv_heads, head_dim, prompt),
     prompt_v=zeros(slots, kv_heads, prompt, head_dim),
     k=zeros(rows, kv_heads, completion, head_dim),
     v=zeros(rows, kv_heads, completion, head_dim),
@@ -151,7 +152,7 @@ def attend(
     .reshape(slots, kv_heads, samples * groups, head_dim)
   )
   shared_SNMP = jnp.einsum(
-    "snmh,snph->snmp", q_SNMH, prompt_k, preferred_element_type=jnp.float32
+    "snmh,snhp->snmp", q_SNMH, prompt_k, preferred_element_type=jnp.float32
   )
   shared_BNGP = (
     shared_SNMP.reshape(slots, kv_heads, samples, groups, prompt)

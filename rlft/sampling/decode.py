@@ -107,7 +107,7 @@ class Prompts:
 
 @struct.dataclass
 class Prefilled:
-  """A prompt's keys and values (as `Cache` holds them) and its last hidden state."""
+  """Keys and values [I, N, P, H] of every layer, and the last hidden state."""
 
   k: Any
   v: Any
@@ -229,7 +229,9 @@ def insert(
   )
   return state.replace(
     cache=cache.replace(
-      prompt_k=jax.tree.map(put_kv, cache.prompt_k, prefilled.k),
+      prompt_k=jax.tree.map(
+        lambda store, k: put_kv(store, k.swapaxes(-1, -2)), cache.prompt_k, prefilled.k
+      ),
       prompt_v=jax.tree.map(put_kv, cache.prompt_v, prefilled.v),
       prompt_mask_SP=put(cache.prompt_mask_SP, prompts.mask_IP),
       prompt_position_SP=put(cache.prompt_position_SP, prefilled.position_IP),
