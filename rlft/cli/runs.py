@@ -12,9 +12,15 @@ import jax
 
 from rlft.core import rng
 from rlft.core.errors import ConfigError
-from rlft.core.mesh import make_mesh
+from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.types import Example
-from rlft.models.decoder import Decoder, DecoderConfig, init_params
+from rlft.models.decoder import (
+  Decoder,
+  DecoderConfig,
+  init_params,
+  param_axes,
+  param_shapes,
+)
 from rlft.models.hub import Policy, load
 from rlft.probes.evaluate import Evaluation
 from rlft.rewards.verifiable import Judge
@@ -98,7 +104,10 @@ def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
       f"{len(tokenizer)} tokens; 0 takes that number"
     )
   model = Decoder(decoder, mesh=grid)
-  params = init_params(model, rng.key(config.seed, rng.Purpose.INIT))
+  params = init_params(model.clone(mesh=None), rng.key(config.seed, rng.Purpose.INIT))
+  if grid is not None:
+    layout = tree_shardings(grid, param_axes(model), param_shapes(model))
+    params = jax.device_put(params, layout)
   return Policy(model=model, params=params, tokenizer=tokenizer, config=decoder)
 
 
