@@ -58,8 +58,10 @@ def banned(source: str) -> Iterator[tuple[int, str]]:
     for module in imported:
       if str(module).split(".")[0] in MODULES:
         yield node.lineno, f"import {module}"
-    # Any mention, not only a call: `f = eval` is the same thing.
-    if isinstance(node, ast.Name | ast.Attribute) and full(node) in CALLS:
+    # Any mention, not only a call: `f = eval` is the same thing. A field that is named
+    # `eval` (a Store) mentions nothing.
+    mention = isinstance(node, ast.Name | ast.Attribute) and full(node) in CALLS
+    if mention and not isinstance(node.ctx, ast.Store):
       yield node.lineno, full(node)
     if isinstance(node, ast.keyword) and node.arg in SWITCHES:
       switch, value = node.arg, node.value
