@@ -22,11 +22,13 @@ transformers expands prompts by `num_return_sequences`, Tunix is given each K ti
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,7 +40,7 @@ SHAPES = {
   "shared": {"prompts": 8, "samples": 8, "prompt": 512, "new": 128},
 }
 POSITIONS = 1024
-# What issue and CHANGELOG promise: shape -> peer -> rlft's tokens/s over the peer's.
+# The goals: shape -> peer -> rlft's tokens/s over the peer's.
 TARGETS = {
   "S": {"transformers": 1.5, "transformers-static": 1.2, "tunix": 1.6},
   "shared": {"transformers": 3.0, "transformers-static": 3.0, "tunix": 3.0},
@@ -238,31 +240,37 @@ class Worker:
 
   def __init__(self, peer: str, shape: str, python: str):
     self.name = peer
+    # Not a pipe: nobody would empty it.
+    self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     self.process = subprocess.Popen(
       [python, __file__, "--worker", peer, "--shape", shape],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE if not os.environ.get("PEERS_VERBOSE") else None,
+      stderr=self.log,
       text=True,
       env=environ,
     )
 
   def ask(self) -> dict:
-    self.process.stdin.write("go\n")
-    self.process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # its last words follow
+      self.process.stdin.write("go\n")
+      self.process.stdin.flush()
     line = self.process.stdout.readline()
     if not line:
-      error = self.process.stderr.read() if self.process.stderr else ""
-      raise RuntimeError(f"{self.process.args} died:\n{error[-3000:]}")
+      self.process.wait()
+      self.log.seek(0)
+      raise RuntimeError(f"{self.name} died:\n{self.log.read()[-3000:]}")
     answer = json.loads(line)
     rate = answer["tokens"] / answer["seconds"]
     print(f"{self.name} {rate:.0f} tokens/s", file=sys.stderr, flush=True)
     return answer
 
   def close(self) -> None:
-    self.process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # it died: `ask` has said so
+      self.process.stdin.close()
     self.process.wait()
+    self.log.close()
 
 
 def compare(shape_name: str, pythons: dict[str, str], rounds: int) -> dict:

@@ -87,11 +87,11 @@ def test_rare_blocks_keep_their_inside():
   mass = np.full(256, 1e-5, np.float32)
   mass[:128] = 1.0
   inside = (np.arange(128, dtype=np.float32) + 0.5) / 128
-  tokens = inverse_cdf(np.tile(mass, (128, 1)), np.full(128, LAST), inside)
+  tokens = jax.jit(inverse_cdf)(np.tile(mass, (128, 1)), np.full(128, LAST), inside)
   assert sorted(np.asarray(tokens)) == list(range(128, 256))
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 127, 128, 129, 500, 3000])
+@pytest.mark.parametrize("vocab", [1, 128, 129, 3000])
 def test_no_token_without_mass_at_the_ends_of_the_uniform(vocab):
   """u = 0 must skip leading zeros, the largest u trailing ones, whatever sums round."""
   source = np.random.default_rng(vocab)
@@ -110,9 +110,10 @@ def test_no_token_without_mass_at_the_ends_of_the_uniform(vocab):
   mass[vocab - vocab // 3 :] = 0
   mass[vocab // 2] = 1
   cases.append(mass)
+  draw = jax.jit(inverse_cdf)
   for block in (0.0, 0.5, LAST):
     for inside in (0.0, 0.5, LAST):
-      tokens = inverse_cdf(
+      tokens = draw(
         np.stack(cases),
         np.full(len(cases), block, np.float32),
         np.full(len(cases), inside, np.float32),
@@ -158,8 +159,9 @@ def test_block_boundaries_are_exact():
   index = np.arange(384)
   block = ((index // 128 + 0.5) / 3).astype(np.float32)
   inside = ((index % 128 + 0.5) / 128).astype(np.float32)
-  np.testing.assert_array_equal(inverse_cdf(mass, block, inside), index)
-  first = inverse_cdf(mass, (index // 128 / np.float32(3)) + 1e-7, index * 0.0)
+  draw = jax.jit(inverse_cdf)
+  np.testing.assert_array_equal(draw(mass, block, inside), index)
+  first = draw(mass, (index // 128 / np.float32(3)) + 1e-7, index * 0.0)
   np.testing.assert_array_equal(first, index // 128 * 128)
 
 
