@@ -25,6 +25,9 @@ TINY = DecoderConfig(
 )
 
 
+CEILINGS = bench._ceilings
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
   monkeypatch.setattr(bench, "MODEL_S", TINY)
@@ -97,3 +100,8 @@ def test_train(capsys, tmp_path):
 def test_bad_sizes_are_named(capsys, words, said):
   assert main(["bench", *words]) == 2
   assert said in capsys.readouterr().err
+
+
+def test_ceilings_are_speeds_of_a_computer():
+  flops, traffic = CEILINGS("float32")
+  assert 1e8 < flops < 1e16 and 1e8 < traffic < 1e14
