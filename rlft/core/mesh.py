@@ -30,7 +30,6 @@ RULES: Mapping[str, Any] = {
   "batch": ("data", "fsdp"),
   "act_heads": "tensor",
   "act_mlp": "tensor",
-  "act_vocab": "tensor",
 }
 
 # While decoding, weights that are sharded over fsdp would be gathered for every token:
