@@ -85,3 +85,26 @@ class Rollout:
   completions: list[str]
   samples: int = 1
   stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+  """What the rewards of a rollout are; C is the completion region, T - prompt bucket.
+
+  Attributes:
+    value: float32 [B], the weighted sum, paid at the last chosen token; 0 where the row
+      was not judged.
+    judged: bool [B], False where no judgement could be made: such a row is in no
+      baseline and in no loss, and is counted.
+    step: float32 [B, C], rewards paid on the way (the ends of steps); None when there
+      are none.
+    each: for each reward function, by name, its own values before weighting, float32
+      [B], NaN where it did not judge.
+    seconds: wall clock of judging.
+  """
+
+  value: np.ndarray
+  judged: np.ndarray
+  step: np.ndarray | None = None
+  each: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  seconds: float = 0.0
