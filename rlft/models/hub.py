@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,6 +44,7 @@ _SAVED = re.compile(
   r"(generation_|tokenizer_|special_tokens_|added_)?(config|map|tokens)\.json"
   r"|tokenizer\.(json|model)|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
   r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+  r"|value_head\.(json|safetensors)"
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -136,7 +138,10 @@ def load(
 
 
 def save(
-  policy: Policy, path: str | os.PathLike[str], max_shard_bytes: int = 5 * 10**9
+  policy: Policy,
+  path: str | os.PathLike[str],
+  max_shard_bytes: int = 5 * 10**9,
+  extra: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Saves a model as a Hugging Face directory that `transformers` loads.
 
@@ -147,6 +152,7 @@ def save(
     policy: what to save; every process of a multi-host run calls this.
     path: the directory.
     max_shard_bytes: weights beyond this go to several files with an index.
+    extra: called with the new directory before it appears, to put more files there.
 
   Raises:
     CheckpointError: the path holds something other than a saved model, or the
@@ -175,6 +181,8 @@ def save(
       _write_json(new / "generation_config.json", generation)
     if policy.tokenizer is not None:
       policy.tokenizer.save_pretrained(new)
+    if extra is not None:
+      extra(new)
     new.chmod(0o777 & ~_umask())  # mkdtemp makes it private
     _replace(new, path)
   except BaseException:
