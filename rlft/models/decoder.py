@@ -13,6 +13,7 @@ never logits: heads are functions on `hidden` (see `models.heads`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -229,13 +230,17 @@ _ACTIVATIONS = {
 
 
 class Linear(nn.Module):
-  """x @ kernel (+ bias), computed in `dtype`; the one linear layer of the house."""
+  """x @ kernel (+ bias), computed in `dtype`; the one linear layer of the house.
+
+  Where the collection "lora" holds a and b for it, `lora_scale * (x @ a) @ b` is added.
+  """
 
   features: int
   axes: tuple[str | None, str | None]
   use_bias: bool
   dtype: Any
   init_scale: float = 0.02
+  lora_scale: float = 1.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -247,6 +252,9 @@ class Linear(nn.Module):
     if self.use_bias:
       init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
       y += self.param("bias", init, (self.features,), jnp.float32).astype(self.dtype)
+    if self.has_variable("lora", "a"):
+      a, b = (self.get_variable("lora", x).astype(self.dtype) for x in "ab")
+      y += self.lora_scale * ((x @ a) @ b)
     return y
 
 
@@ -286,16 +294,18 @@ class Attention(nn.Module):
   config: DecoderConfig
   dtype: Any
   mesh: Mesh | None
+  lora_scale: float
 
   @nn.compact
   def __call__(self, x_BTD, context: _Context, window, layer, cache):
     config = self.config
     batch, length = x_BTD.shape[:2]
     groups = config.heads // config.kv_heads
+    linear = functools.partial(Linear, dtype=self.dtype, lora_scale=self.lora_scale)
 
     def project(name, heads, axis):
       width = heads * config.head_dim
-      y = Linear(width, ("embed", axis), config.qkv_bias, self.dtype, name=name)(x_BTD)
+      y = linear(width, ("embed", axis), config.qkv_bias, name=name)(x_BTD)
       return y.reshape(batch, length, heads, config.head_dim)
 
     q = project("q", config.heads, "heads")
@@ -343,9 +353,8 @@ class Attention(nn.Module):
     out = out.astype(self.dtype).reshape(batch, length, config.heads * config.head_dim)
     out = constrain(out, self.mesh, ("batch", None, "act_heads"))
     scale = 0.02 / math.sqrt(2 * config.layers)
-    y = Linear(
-      config.width, ("heads", "embed"), config.out_bias, self.dtype, scale, name="o"
-    )(out)
+    axes = ("heads", "embed")
+    y = linear(config.width, axes, config.out_bias, init_scale=scale, name="o")(out)
     kv = None if cache is not None else (k_BNTH, v_BNTH)
     return y, kv, cache
 
@@ -356,23 +365,26 @@ class MLP(nn.Module):
   config: DecoderConfig
   dtype: Any
   mesh: Mesh | None
+  lora_scale: float
 
   @nn.compact
   def __call__(self, x_BTD):
     config = self.config
     bias, axes = config.mlp_bias, ("embed", "mlp")
     act = _ACTIVATIONS[config.activation]
-    up = Linear(config.mlp_width, axes, bias, self.dtype, name="up")(x_BTD)
+    linear = functools.partial(
+      Linear, use_bias=bias, dtype=self.dtype, lora_scale=self.lora_scale
+    )
+    up = linear(config.mlp_width, axes, name="up")(x_BTD)
     if config.gated_mlp:
-      gate = Linear(config.mlp_width, axes, bias, self.dtype, name="gate")(x_BTD)
+      gate = linear(config.mlp_width, axes, name="gate")(x_BTD)
       h = act(gate) * up
     else:
       h = act(up)
     h = constrain(h, self.mesh, ("batch", None, "act_mlp"))
     scale = 0.02 / math.sqrt(2 * config.layers)
-    return Linear(config.width, ("mlp", "embed"), bias, self.dtype, scale, name="down")(
-      h
-    )
+    axes = ("mlp", "embed")
+    return linear(config.width, axes, init_scale=scale, name="down")(h)
 
 
 class Layer(nn.Module):
@@ -381,6 +393,7 @@ class Layer(nn.Module):
   config: DecoderConfig
   dtype: Any
   mesh: Mesh | None
+  lora_scale: float
   return_kv: bool
 
   @nn.compact
@@ -389,8 +402,9 @@ class Layer(nn.Module):
     window, layer = per_layer
     config = self.config
     norm = lambda name: Norm(config, self.dtype, name=name)
-    attention = Attention(config, self.dtype, self.mesh, name="attention")
-    mlp = MLP(config, self.dtype, self.mesh, name="mlp")
+    shared = (config, self.dtype, self.mesh, self.lora_scale)
+    attention = Attention(*shared, name="attention")
+    mlp = MLP(*shared, name="mlp")
     placement = config.norm_placement
 
     h = x if placement == "post" else norm("attention_norm")(x)
@@ -428,6 +442,7 @@ class Decoder(nn.Module):
     remat: what the backward pass recomputes: "none", "full" (each layer), "dots"
       (everything but matrix products).
     mesh: where activations are pinned; None on one device.
+    lora_scale: factor on what the collection "lora" adds (see `models.lora`).
   """
 
   config: DecoderConfig
@@ -435,6 +450,7 @@ class Decoder(nn.Module):
   scan: bool = True
   remat: Remat = "none"
   mesh: Mesh | None = None
+  lora_scale: float = 1.0
 
   @nn.compact
   def __call__(self, tokens, positions, mask, cache=None, return_kv: bool = False):
@@ -462,8 +478,11 @@ class Decoder(nn.Module):
     x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
     if config.embed_scale != 1.0:
       x *= jnp.asarray(config.embed_scale, self.dtype)
+    linear = functools.partial(
+      Linear, use_bias=False, dtype=self.dtype, lora_scale=self.lora_scale
+    )
     if config.embed_width:
-      x = Linear(config.width, (None, "embed"), False, self.dtype, name="project_in")(x)
+      x = linear(config.width, (None, "embed"), name="project_in")(x)
     if config.positions == "learned":
       table = self.param(
         "position_embedding",
@@ -484,12 +503,12 @@ class Decoder(nn.Module):
       block = nn.remat(
         Layer, policy=_REMAT_POLICIES[self.remat], prevent_cse=not self.scan
       )
-    attributes = (config, self.dtype, self.mesh, return_kv)
+    attributes = (config, self.dtype, self.mesh, self.lora_scale, return_kv)
     if self.scan:
       per_layer = (jnp.asarray(windows, jnp.int32), jnp.arange(config.layers))
       layers = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=config.layers,
@@ -506,7 +525,7 @@ class Decoder(nn.Module):
     if config.final_norm:
       x = Norm(config, self.dtype, name="final_norm")(x)
     if config.embed_width:
-      x = Linear(width, ("embed", None), False, self.dtype, name="project_out")(x)
+      x = linear(width, ("embed", None), name="project_out")(x)
     if not config.tie_embeddings:
       # Declared here so that one tree holds the model; used by `models.heads`.
       init = nn.with_logical_partitioning(

@@ -30,6 +30,7 @@ def token_logp(
   tokens_BT: jax.Array,
   mask_BT: jax.Array,
   temperature: jax.Array | float = 1.0,
+  lora: dict | None = None,
 ) -> jax.Array:
   """Log-probability of the token at t given the real tokens before it.
 
@@ -44,6 +45,7 @@ def token_logp(
     tokens_BT: int32; anything may lie under a pad, also what is no id.
     mask_BT: bool, True on real tokens.
     temperature: scalar or [B], positive.
+    lora: adapters of its linears (see `models.lora`); None is the base.
 
   Returns:
     float32 [B, T], nats; 0 for a row's first real token and where masked.
@@ -60,8 +62,9 @@ def token_logp(
   before_BT = jax.lax.cummax(jnp.where(mask_BT, index_T, -1), axis=1)
   before_BT = jnp.pad(before_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
+  variables = {"params": params} | ({} if lora is None else {"lora": lora})
   hidden_BTE = model.apply(
-    {"params": params}, tokens_BT, positions_from_mask(mask_BT), mask_BT
+    variables, tokens_BT, positions_from_mask(mask_BT), mask_BT
   ).hidden
   targets_BT = jnp.take_along_axis(tokens_BT, jnp.minimum(next_BT, length - 1), axis=1)
   ahead_BT = lm_logp(params, model.config, hidden_BTE, targets_BT, temperature)
