@@ -21,22 +21,25 @@ claimed.
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(size: str = "full") -> ConfigDict:
+  """`:full`, or `:cpu` for what two cores do in about an hour."""
+  small = size == "cpu"
   train = dict(
     optimizer=dict(learning_rate=5e-5, warmup_steps=10, schedule="cosine"),
-    batch_size=32,
+    batch_size=8 if small else 32,
     epochs=2,
     max_length=448,
   )
+  samples = 4 if small else 8
   return ConfigDict(
     dict(
       model=dict(path="smollm2"),
-      task=dict(name="gsm8k", train=400),
+      task=dict(name="gsm8k", train=200 if small else 400),
       sft_first=train,
       ei=dict(
         train=train,
-        rounds=2,
-        samples_per_prompt=8,
+        rounds=1 if small else 2,
+        samples_per_prompt=samples,
         temperature=0.8,
         max_new_tokens=192,
         accept="consistent",
@@ -47,7 +50,11 @@ def get_config() -> ConfigDict:
         max_rows=64,
       ),
       eval=dict(
-        samples=8, ks=(1, 4, 8), temperature=0.8, max_new_tokens=192, max_rows=64
+        samples=samples,
+        ks=(1, 4) if small else (1, 4, 8),
+        temperature=0.8,
+        max_new_tokens=192,
+        max_rows=64,
       ),
       eval_prompts=100,
     )

@@ -5,7 +5,8 @@
     --config.task.path=DIR --workdir=runs/gsm8k_ei
 
 Writes the improved model (a Hugging Face directory), metrics, the accepted solutions of
-the last round, an evaluation before and after, and transcripts into the work directory.
+the last round, an evaluation before, after SFT and at the end, and
+transcripts into the work directory.
 """
 
 from __future__ import annotations
@@ -68,15 +69,21 @@ def run(args: argparse.Namespace) -> int:
   base = runs.make_policy(config.base, config.mesh) if config.base else policy
   configs.write_resolved(workdir, config)
 
-  if config.eval_prompts:
-    print("before:")
+  def look(title: str, policy) -> None:
+    if not config.eval_prompts:
+      return
+    print(f"{title}:")
     evaluate_splits(
       policy, config.task, config.eval, config.eval_splits, config.eval_prompts,
-      workdir / "before",
+      workdir / title.replace(" ", "_"),
     )  # fmt: skip
+
+  look("before", policy)
   with MetricWriter(workdir) as writer, Events(writer) as on_event:
     if config.sft_first is not None:
       policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
+      on_event.close()
+      look("after SFT", policy)  # what Expert Iteration is to be compared with
     result = ei.run(
       policy,
       train,
@@ -92,12 +99,7 @@ def run(args: argparse.Namespace) -> int:
     for solution in result.solutions:
       file.write(json.dumps(dataclasses.asdict(solution)) + "\n")
   round_table(result.rounds)
-  if config.eval_prompts:
-    print("after:")
-    evaluate_splits(
-      result.policy, config.task, config.eval, config.eval_splits,
-      config.eval_prompts, workdir / "after",
-    )  # fmt: skip
+  look("after", result.policy)
   print(
     f"{result.sampled_solutions} sampled solutions, {result.update_tokens} tokens in "
     f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"

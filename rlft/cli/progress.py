@@ -38,17 +38,17 @@ class Events:
     return self
 
   def __exit__(self, *exc: object) -> None:
-    self._close()
+    self.close()
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
     if kind == "round":
-      self._close()
+      self.close()
       self._samples = values["sampled_solutions"]
       self._record({f"round/{k}": v for k, v in values.items()})
       self._round += 1
       return
     if kind != self._kind:
-      self._close()
+      self.close()
       self._open(kind, values["of"])
     if kind == "sample":
       self._count(values["done"], values["of"])
@@ -75,7 +75,8 @@ class Events:
     self._bar = self._context.__enter__()
     self._count = counting(self._bar)
 
-  def _close(self) -> None:
+  def close(self) -> None:
+    """Ends the bar that is open, if one is."""
     if self._bar is not None:
       self._context.__exit__(None, None, None)
     self._bar = self._kind = None
