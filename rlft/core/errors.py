@@ -24,3 +24,7 @@ class CheckpointError(RlftError):
 
 class RewardError(RlftError):
   """A reward could not be computed; never turned into a reward of 0."""
+
+
+class DivergenceError(RlftError):
+  """A number of training has left the values that are possible; names it."""

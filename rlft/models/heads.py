@@ -8,6 +8,8 @@ the backward pass makes each chunk again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -48,8 +50,12 @@ def lm_logp(
   targets_BT: jax.Array,
   temperature: jax.Array | float = 1.0,
   chunk_tokens: int = 2048,
-) -> jax.Array:
+  with_entropy: bool = False,
+) -> Any:
   """Log-probability of each target: log softmax(logits / temperature)[target].
+
+  With `with_entropy` also the entropy of the whole distribution,
+  H = log Z - sum_v softmax_v * logit_v, for the cost of one more sum.
 
   Args:
     params: the decoder's parameters.
@@ -58,9 +64,10 @@ def lm_logp(
     targets_BT: int32, the token that each state predicts.
     temperature: scalar or [B], positive.
     chunk_tokens: about how many tokens' logits are held at once.
+    with_entropy: whether the entropy is wanted.
 
   Returns:
-    float32 [B, T], nats.
+    float32 [B, T], nats; or (logp_BT, entropy_BT).
   """
   chex.assert_rank([hidden_BTE, targets_BT], [3, 2])
   chex.assert_equal_shape_prefix([hidden_BTE, targets_BT], 2)
@@ -84,9 +91,18 @@ def lm_logp(
     top_BS1 = jax.lax.stop_gradient(jnp.max(logits_BSV, axis=-1, keepdims=True))
     scaled_BSV = (logits_BSV - top_BS1) / temperature_B1[..., None]
     chosen_BS = jnp.take_along_axis(scaled_BSV, targets_BS[..., None], axis=-1)[..., 0]
-    return chosen_BS - jnp.log(jnp.sum(jnp.exp(scaled_BSV), axis=-1))
+    weight_BSV = jnp.exp(scaled_BSV)
+    total_BS = jnp.sum(weight_BSV, axis=-1)
+    log_total_BS = jnp.log(total_BS)
+    logp_BS = chosen_BS - log_total_BS
+    if not with_entropy:
+      return logp_BS
+    # exp underflows to 0 long before the logit is infinite: no 0 * inf.
+    mean_BS = jnp.sum(weight_BSV * scaled_BSV, axis=-1) / total_BS
+    return logp_BS, log_total_BS - mean_BS
 
   if chunks == 1:
     return one(hidden_BTE, targets_BT)
-  logp = jax.lax.map(lambda xs: one(*xs), (split(hidden_BTE), split(targets_BT)))
-  return jnp.moveaxis(logp, 0, 1).reshape(batch, chunks * span)[:, :length]
+  out = jax.lax.map(lambda xs: one(*xs), (split(hidden_BTE), split(targets_BT)))
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, chunks * span)[:, :length]
+  return jax.tree.map(join, out)

@@ -72,6 +72,87 @@ def token_logp(
   return jnp.where(mask_BT & (before_BT >= 0), logp_BT, 0.0)
 
 
+def completion_hidden(
+  model: Decoder,
+  params: dict,
+  tokens_BT: jax.Array,
+  mask_BT: jax.Array,
+  columns: int,
+  lora: dict | None = None,
+) -> jax.Array:
+  """Hidden states from which the last `columns` tokens of each row were chosen.
+
+  Rows are those of a `Rollout`: a left-padded prompt, then the completion, so that the
+  state before the token in a column is that of the column to its left. The head of a
+  loss is computed on the completion only.
+
+  Args:
+    model: the decoder.
+    params: its parameters.
+    tokens_BT: int32; anything may lie under a pad.
+    mask_BT: bool, True on real tokens.
+    columns: C, static; at least one prompt column stands before them.
+    lora: see `models.lora`.
+
+  Returns:
+    [B, C, E], in the model's dtype.
+  """
+  chex.assert_rank([tokens_BT, mask_BT], 2)
+  chex.assert_equal_shape([tokens_BT, mask_BT])
+  assert 0 < columns < tokens_BT.shape[1], (columns, tokens_BT.shape)
+  variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+  hidden_BTE = model.apply(
+    variables,
+    jnp.where(mask_BT, tokens_BT, 0),
+    positions_from_mask(mask_BT),
+    mask_BT,
+  ).hidden
+  return hidden_BTE[:, -columns - 1 : -1]
+
+
+def completion_logp(
+  model: Decoder,
+  params: dict,
+  tokens_BT: jax.Array,
+  mask_BT: jax.Array,
+  columns: int,
+  temperature: jax.Array | float = 1.0,
+  lora: dict | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities of a rollout's completions, and entropies; differentiable.
+
+  The same numbers as `token_logp` in the last `columns` columns, where only the
+  completion passes through the head.
+
+  Args:
+    model, params, tokens_BT, mask_BT, columns, lora: see `completion_hidden`.
+    temperature: scalar or [B], positive: the one that sampled.
+
+  Returns:
+    (logp_BC, entropy_BC), float32, nats; 0 where masked.
+  """
+  hidden_BCE = completion_hidden(model, params, tokens_BT, mask_BT, columns, lora)
+  return hidden_logp(model, params, hidden_BCE, tokens_BT, mask_BT, temperature)
+
+
+def hidden_logp(
+  model: Decoder,
+  params: dict,
+  hidden_BCE: jax.Array,
+  tokens_BT: jax.Array,
+  mask_BT: jax.Array,
+  temperature: jax.Array | float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+  """`completion_logp` of what `completion_hidden` gave, where other heads read it too."""
+  columns = hidden_BCE.shape[1]
+  mask_BC = mask_BT[:, -columns:]
+  targets_BC = jnp.where(mask_BC, tokens_BT[:, -columns:], 0)
+  logp_BC, entropy_BC = lm_logp(
+    params, model.config, hidden_BCE, targets_BC, temperature, with_entropy=True
+  )
+  return jnp.where(mask_BC, logp_BC, 0.0), jnp.where(mask_BC, entropy_BC, 0.0)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _jit_token_logp(model, params, tokens_BT, mask_BT, temperature):
   return token_logp(model, params, tokens_BT, mask_BT, temperature)

@@ -6,6 +6,7 @@ gradient accumulation carries both, so micro-batching cannot change an update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ from rlft.training.optimizer import (
   matches,
 )
 
-# {name: (sum, denominator)}; "loss" is the one that is differentiated.
+# {name: (sum, denominator)}; "loss" is the one that is differentiated. A name that ends
+# in "_max" is a maximum, (value, 1): parts of a batch are combined by their largest.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -78,19 +80,20 @@ def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState
 
 
 def make_step(
-  loss: Callable[[Any, Any], Sums],
+  loss: Callable[..., Sums],
   config: OptimizerConfig,
   *,
   micro_batches: int = 1,
   mesh: Mesh | None = None,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-  """Builds `train_step(state, batch) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Builds `train_step(state, batch, *frozen) -> (state, metrics)`.
 
   gradient = grad(sum over the batch of loss sums) / (sum of loss denominators)
 
   Args:
-    loss: pure; (params, batch) -> {name: (sum, denominator)} with a "loss" entry. Its
-      denominators must not depend on the parameters.
+    loss: pure; (params, batch, *frozen) -> {name: (sum, denominator)} with a "loss"
+      entry. Its denominators must not depend on the parameters. What is frozen (the
+      base weights under LoRA, say) is read whole by every part of the batch.
     config: of the optimiser.
     micro_batches: how many parts a batch is taken in; its rows must be a multiple.
     mesh: where the batch is sharded.
@@ -102,8 +105,8 @@ def make_step(
   if micro_batches < 1:
     raise ConfigError(f"micro_batches={micro_batches}: at least 1")
 
-  def total_and_sums(params, batch):
-    sums = loss(params, batch)
+  def total_and_sums(params, batch, *frozen):
+    sums = loss(params, batch, *frozen)
     return sums["loss"][0], sums
 
   optimizer = make_optimizer(config)
@@ -115,17 +118,26 @@ def make_step(
     x = jnp.moveaxis(x, 1, 0)
     return constrain(x, mesh, (None, "batch") + (None,) * (x.ndim - 2))
 
-  def accumulate(params, batch):
-    if micro_batches == 1:
-      return grad(params, batch)
-    parts = jax.tree.map(split, batch)
-    one = lambda part: grad(params, part)
-    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    add = lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None)
-    return jax.lax.scan(add, zero, parts)[0]
+  def add(total, part):
+    sums = {
+      name: jax.tree.map(_join(name), one, part[1][name])
+      for name, one in total[1].items()
+    }
+    return jax.tree.map(jnp.add, total[0], part[0]), sums
 
-  def train_step(state: TrainState, batch):
+  def accumulate(params, batch, *frozen):
+    if micro_batches == 1:
+      return grad(params, batch, *frozen)
+    parts = jax.tree.map(split, batch)
+    one = lambda part: grad(params, part, *frozen)
+    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    lowest = lambda name, x: jnp.full_like(x, -jnp.inf) if _is_max(name) else x
+    sums = {k: jax.tree.map(functools.partial(lowest, k), v) for k, v in sums.items()}
+    body = lambda total, part: (add(total, one(part)), None)
+    return jax.lax.scan(body, (grads, sums), parts)[0]
+
+  def train_step(state: TrainState, batch, *frozen):
     rows = jax.tree.leaves(batch)[0].shape[0]
     need = micro_batches * batch_shards(mesh)
     if rows % need:
@@ -133,7 +145,7 @@ def make_step(
         f"a batch of {rows} rows cannot be divided into {micro_batches} micro-batches "
         f"on {batch_shards(mesh)} batch shards; use a multiple of {need}"
       )
-    grads, sums = accumulate(state.params, batch)
+    grads, sums = accumulate(state.params, batch, *frozen)
     denominator = sums["loss"][1]
     scale = _quotient(1.0, denominator)
     # Frozen parameters' gradients end here, so that the compiler drops them, and the
@@ -155,6 +167,15 @@ def make_step(
     return TrainState(params, opt_state, state.step + 1, state.horizon), metrics
 
   return jax.jit(train_step, donate_argnums=0)
+
+
+def _is_max(name: str) -> bool:
+  return name.endswith("_max")
+
+
+def _join(name: str) -> Callable:
+  """How one metric of two parts of a batch becomes that of both."""
+  return jnp.maximum if _is_max(name) else jnp.add
 
 
 def _quotient(total, denominator):

@@ -306,6 +306,29 @@ def test_chunks_change_nothing(tie, temperature):
     assert_close(chunked, grads, 2e-6)
 
 
+@pytest.mark.parametrize("chunk", [10**6, 3 * ROWS])
+def test_entropy_is_that_of_the_whole_distribution(chunk):
+  config = dataclasses.replace(CONFIG, tie_embeddings=False)
+  params = {"head": params_of(config)["head"] * 40}
+  source = np.random.default_rng(0)
+  hidden = source.normal(size=(ROWS, 11, config.width)).astype(np.float32)
+  targets = source.integers(0, 64, (ROWS, 11)).astype(np.int32)
+  temperature = np.float32(0.7)
+  logp, entropy = heads.lm_logp(
+    params, config, hidden, targets, temperature, chunk, with_entropy=True
+  )
+  plain = heads.lm_logp(params, config, hidden, targets, temperature, chunk)
+  np.testing.assert_array_equal(logp, plain)
+  each = np.stack(
+    [
+      reference_logp(params, config, hidden, np.full((ROWS, 11), v), temperature)
+      for v in range(config.vocab_size)
+    ],
+    -1,
+  )
+  np.testing.assert_allclose(entropy, -(np.exp(each) * each).sum(-1), atol=1e-5)
+
+
 # ------------------------------------------------------------- dtypes, settings
 
 

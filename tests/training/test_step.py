@@ -385,3 +385,24 @@ def test_one_step_gives_the_golden_metrics(step):
 if __name__ == "__main__":
   GOLDEN.write_text(json.dumps(one_step(sft_step(Decoder(CONFIG))), indent=2) + "\n")
   print(GOLDEN.read_text())
+
+
+def test_maxima_and_frozen_arguments_with_micro_batches():
+  optimizer = OptimizerConfig(learning_rate=1.0, schedule="constant", clip_norm=0.0)
+
+  def loss(params, batch, scale):
+    x = params["w"] * batch * scale
+    return {
+      "loss": (jnp.sum(x), jnp.float32(batch.size)),
+      "x_max": (jnp.max(jax.lax.stop_gradient(x)), jnp.float32(1)),
+    }
+
+  batch = jnp.asarray([-3.0, -1.0, -2.0, -8.0])
+  for parts in (1, 2, 4):
+    state = init_state({"w": jnp.float32(2)}, optimizer, 1)
+    step = make_step(loss, optimizer, micro_batches=parts)
+    state, metrics = step(state, batch, jnp.float32(0.5))
+    # A maximum that started from 0, or was added up, would show here.
+    assert float(metrics["x_max"]) == -1.0
+    assert float(metrics["loss"]) == -3.5
+    assert float(metrics["grad_norm"]) == 1.75
