@@ -1,4 +1,4 @@
-"""Estimators of sampled evaluation: pass@k, maj@k, bootstrap intervals over prompts.
+"""Estimators of sampled evaluation: pass@k, maj@k, rerank@k, bootstrap intervals.
 
 Letters: P prompts, N samples of a prompt, K samples of a subset, R bootstrap or
 Monte-Carlo repetitions.
@@ -83,24 +83,9 @@ def maj_at_k(answer_PN: jax.Array, gold_P: jax.Array, valid_PN: jax.Array) -> ja
   chex.assert_equal_shape_prefix([answer_PN, gold_P], 1)
   chex.assert_type([answer_PN, gold_P], int)
   chex.assert_type(valid_PN, bool)
-  voting_PN = valid_PN & (answer_PN >= 0)
-
-  def add_votes_of(sample, carry):
-    votes_PN, is_first_PN = carry
-    here_P1 = jax.lax.dynamic_slice_in_dim(answer_PN, sample, 1, axis=1)
-    votes_P1 = jax.lax.dynamic_slice_in_dim(voting_PN, sample, 1, axis=1)
-    same_PN = (answer_PN == here_P1) & votes_P1 & voting_PN
-    later_1N = jnp.arange(answer_PN.shape[1])[None, :] > sample
-    return votes_PN + same_PN, is_first_PN & ~(same_PN & later_1N)
-
-  start = jnp.zeros(answer_PN.shape, jnp.int32), voting_PN
-  votes_PN, is_first_PN = jax.lax.fori_loop(0, answer_PN.shape[1], add_votes_of, start)
-  top_P1 = jnp.max(votes_PN, axis=1, keepdims=True, initial=0)
-  # Each answer is counted once, where it first occurs.
-  tied_PN = is_first_PN & (votes_PN == top_P1)
-  wins_P = jnp.any(tied_PN & (answer_PN == gold_P[:, None]), axis=1)
-  value_P = wins_P / jnp.maximum(jnp.sum(tied_PN, axis=1), 1)
-  return jnp.where(jnp.any(valid_PN, axis=1), value_P, jnp.nan).astype(jnp.float32)
+  ones_PN = jnp.ones(answer_PN.shape, jnp.float32)
+  value_P = _vote(answer_PN, gold_P, valid_PN & (answer_PN >= 0), ones_PN)
+  return jnp.where(jnp.any(valid_PN, axis=1), value_P, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "reps"))
@@ -134,25 +119,100 @@ def maj_subset(
 
   Source: Knuth, TAOCP vol. 2, 3.4.2, algorithm S.
   """
-  _check_k(k)
-  if reps < 2:
-    raise ConfigError(f"reps is {reps}; a standard error needs at least 2.")
   chex.assert_rank([answer_PN, valid_PN, gold_P], [2, 2, 1])
+  value_of = functools.partial(maj_at_k, answer_PN, gold_P)
+  return _mean_over_subsets(value_of, valid_PN, k, key, reps)
 
-  def once(carry, rep_key):
-    sum_P, squares_P = carry
-    subset_PN = _random_subset(valid_PN, k, rep_key)
-    value_P = maj_at_k(answer_PN, gold_P, subset_PN)
-    return (sum_P + value_P, squares_P + value_P**2), None
 
-  zeros_P = jnp.zeros(answer_PN.shape[:1], jnp.float32)
-  keys = jax.random.split(key, reps)
-  (sum_P, squares_P), _ = jax.lax.scan(once, (zeros_P, zeros_P), keys)
-  mean_P = sum_P / reps
-  variance_P = jnp.maximum(squares_P / reps - mean_P**2, 0.0) * reps / (reps - 1)
-  enough_P = jnp.sum(valid_PN, axis=1) >= k
-  stderr_P = jnp.sqrt(variance_P / reps)
-  return jnp.where(enough_P, mean_P, jnp.nan), jnp.where(enough_P, stderr_P, jnp.nan)
+@functools.partial(jax.jit, static_argnames="mode")
+def rerank(
+  answer_PN: jax.Array,
+  score_PN: jax.Array,
+  gold_P: jax.Array,
+  valid_PN: jax.Array,
+  mode: str = "best",
+) -> jax.Array:
+  """Probability that the scores pick the gold answer out of all valid samples.
+
+      best      the answer of the sample of the highest score; the mean over exact ties
+      weighted  the answer of the largest sum of scores, ties broken at random
+
+  A sample without an answer can be the best one, and is then wrong, but never votes: so
+  "best" with a constant score is pass@1, and "weighted" with one is maj@k.
+
+  A vote cannot weigh less than nothing: where voters of a prompt have negative scores
+  (a reward model's, a logit), those of the lowest are taken off all, so that its weight
+  is 0. Without that an answer would lose by every vote that it gets. Where all weights
+  are 0, every vote counts 1. Scores that are never negative (probabilities) are used
+  as they are.
+
+  Args:
+    answer_PN, gold_P, valid_PN: as for `maj_at_k`.
+    score_PN: float [P, N], finite, higher is better; a sample of score NaN is left out.
+    mode: "best" or "weighted", static.
+
+  Returns:
+    float32 [P]; NaN where there is no valid sample.
+
+  Raises:
+    ConfigError: an unknown mode.
+
+  Source: Havrilla et al. 2024 (rerank@96); the vote Cobbe et al. 2021
+  (arXiv:2110.14168), section 4.3, weighted as in Li et al. 2022 (arXiv:2206.02336).
+  """
+  chex.assert_rank([answer_PN, score_PN, valid_PN, gold_P], [2, 2, 2, 1])
+  chex.assert_equal_shape([answer_PN, score_PN, valid_PN])
+  chex.assert_equal_shape_prefix([answer_PN, gold_P], 1)
+  chex.assert_type([answer_PN, gold_P], int)
+  chex.assert_type(valid_PN, bool)
+  if mode not in ("best", "weighted"):
+    raise ConfigError(f"mode is {mode!r}, not 'best' or 'weighted'.")
+  score_PN = jnp.asarray(score_PN, jnp.float32)
+  valid_PN &= ~jnp.isnan(score_PN)
+  voting_PN = valid_PN & (answer_PN >= 0)
+  if mode == "best":
+    top_P1 = jnp.max(score_PN, axis=1, keepdims=True, where=valid_PN, initial=-jnp.inf)
+    tied_PN = valid_PN & (score_PN == top_P1)
+    right_PN = tied_PN & voting_PN & (answer_PN == gold_P[:, None])
+    value_P = jnp.sum(right_PN, axis=1) / jnp.maximum(jnp.sum(tied_PN, axis=1), 1)
+  else:
+    lowest_P1 = jnp.min(score_PN, axis=1, keepdims=True, where=voting_PN, initial=0.0)
+    weight_PN = jnp.where(voting_PN, score_PN - lowest_P1, 0.0)
+    no_weight_P1 = ~jnp.any(weight_PN > 0, axis=1, keepdims=True)
+    weight_PN = jnp.where(no_weight_P1, 1.0, weight_PN)
+    value_P = _vote(answer_PN, gold_P, voting_PN, weight_PN)
+  return jnp.where(jnp.any(valid_PN, axis=1), value_P, jnp.nan)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "reps", "mode"))
+def rerank_subset(
+  answer_PN: jax.Array,
+  score_PN: jax.Array,
+  gold_P: jax.Array,
+  valid_PN: jax.Array,
+  k: int,
+  key: jax.Array,
+  reps: int = 256,
+  mode: str = "best",
+) -> tuple[jax.Array, jax.Array]:
+  """rerank@k for k < N: the mean of `rerank` over random subsets of size k.
+
+  Args:
+    answer_PN, score_PN, gold_P, valid_PN, mode: as for `rerank`.
+    k, key, reps: as for `maj_subset`.
+
+  Returns:
+    mean_P and its Monte-Carlo standard error stderr_P, as `maj_subset`.
+
+  Raises:
+    ConfigError: an unknown mode, k < 1 or reps < 2.
+  """
+  chex.assert_rank([answer_PN, score_PN, valid_PN, gold_P], [2, 2, 2, 1])
+
+  def value_of(subset_PN):
+    return rerank(answer_PN, score_PN, gold_P, subset_PN, mode)
+
+  return _mean_over_subsets(value_of, valid_PN & ~jnp.isnan(score_PN), k, key, reps)
 
 
 def maj_subset_exact(
@@ -279,6 +339,54 @@ def paired_bootstrap_interval(
 def _check_k(k: int) -> None:
   if k < 1:
     raise ConfigError(f"k is {k}; it is at least 1.")
+
+
+def _vote(answer_PN, gold_P, voting_PN, weight_PN) -> jax.Array:
+  """Probability [P] that gold wins a weighted vote with ties broken at random.
+
+  Weights are at least 0. 0 where nobody votes.
+  """
+  weight_PN = jnp.where(voting_PN, weight_PN, 0.0)
+
+  def add_votes_of(sample, carry):
+    votes_PN, is_first_PN = carry
+    here_P1, votes_P1, weight_P1 = (
+      jax.lax.dynamic_slice_in_dim(x_PN, sample, 1, axis=1)
+      for x_PN in (answer_PN, voting_PN, weight_PN)
+    )
+    same_PN = (answer_PN == here_P1) & votes_P1 & voting_PN
+    later_1N = jnp.arange(answer_PN.shape[1])[None, :] > sample
+    return votes_PN + same_PN * weight_P1, is_first_PN & ~(same_PN & later_1N)
+
+  start = jnp.zeros(answer_PN.shape, jnp.float32), voting_PN
+  votes_PN, is_first_PN = jax.lax.fori_loop(0, answer_PN.shape[1], add_votes_of, start)
+  top_P1 = jnp.max(votes_PN, axis=1, keepdims=True, initial=0.0)
+  # Each answer is counted once, where it first occurs. Equal sums of fractions may
+  # differ by rounding, as their terms come in different orders.
+  tied_PN = is_first_PN & (votes_PN >= top_P1 * (1 - 1e-6))
+  wins_P = jnp.any(tied_PN & (answer_PN == gold_P[:, None]), axis=1)
+  return wins_P / jnp.maximum(jnp.sum(tied_PN, axis=1), 1).astype(jnp.float32)
+
+
+def _mean_over_subsets(value_of, valid_PN, k: int, key, reps: int):
+  """Mean and standard error of value_of(subset_PN) [P] over random subsets of k."""
+  _check_k(k)
+  if reps < 2:
+    raise ConfigError(f"reps is {reps}; a standard error needs at least 2.")
+
+  def once(carry, rep_key):
+    sum_P, squares_P = carry
+    value_P = value_of(_random_subset(valid_PN, k, rep_key))
+    return (sum_P + value_P, squares_P + value_P**2), None
+
+  zeros_P = jnp.zeros(valid_PN.shape[:1], jnp.float32)
+  keys = jax.random.split(key, reps)
+  (sum_P, squares_P), _ = jax.lax.scan(once, (zeros_P, zeros_P), keys)
+  mean_P = sum_P / reps
+  variance_P = jnp.maximum(squares_P / reps - mean_P**2, 0.0) * reps / (reps - 1)
+  enough_P = jnp.sum(valid_PN, axis=1) >= k
+  stderr_P = jnp.sqrt(variance_P / reps)
+  return jnp.where(enough_P, mean_P, jnp.nan), jnp.where(enough_P, stderr_P, jnp.nan)
 
 
 def _random_subset(valid_PN: jax.Array, k: int, key: jax.Array) -> jax.Array:

@@ -11,6 +11,9 @@ the same prompts can be compared prompt by prompt. Of one prompt:
     pass@k         probability that one of k samples is correct, unbiased
     maj@k          probability that a vote of k samples gives the gold answer, ties
                    broken at random (for k < K a mean over random subsets); k > 1
+    rerank@k       probability that the highest-scored of k samples is correct, and
+    weighted@k     that a vote of k samples weighted by their scores gives the gold
+                   answer; both only with scores, and as maj@k otherwise
     unique_chains  distinct operation chains among its sound samples
     novel_chains   those of them that are not in `known_chains`
     lucky          share of its correct samples that are inconsistent; NaN without a
@@ -44,6 +47,7 @@ def report(
   ks: Sequence[int] = (1, 4, 16),
   seed: int = 0,
   known_chains: Mapping[int, Collection[Chain]] | None = None,
+  scores: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, Any]:
   """Metrics of one model on one set of prompts; the module says what they are.
 
@@ -53,11 +57,13 @@ def report(
     examples: the P prompts, in the same order.
     greedy: what the task says of the greedy completion of each prompt; without it
       greedy@1 and maj@1 are not reported.
-    ks: the k of pass@k and maj@k, each at least 1.
-    seed: addresses the bootstrap and the subsets of maj@k.
+    ks: the k of pass@k, maj@k, rerank@k and weighted@k, each at least 1.
+    seed: addresses the bootstrap and the subsets.
     known_chains: for each example id, the chains that do not count as novel, such as
       `correct_chains` of the model before training; without it novel_chains is not
       reported.
+    scores: what a reward model or ORM says of each sample, [P][K] as verdicts_PK;
+      without it rerank@k and weighted@k are not reported.
 
   Returns:
     {"metrics": {name: {"mean", "low", "high", "prompts"}}, "per_prompt": {name:
@@ -66,14 +72,15 @@ def report(
     unique_chains (and novel_chains), and the pooled lucky_share = lucky / correct.
 
   Raises:
-    ConfigError: no prompts, lengths that differ, or a k below 1.
+    ConfigError: no prompts, lengths that differ, a k below 1, or a score that is not
+      finite.
   """
-  _check(verdicts_PK, examples, greedy, ks)
+  _check(verdicts_PK, examples, greedy, ks, scores)
   values = {}
   if greedy is not None:
     values["greedy@1"] = np.array([v.correct for v in greedy], np.float32)
     values["maj@1"] = values["greedy@1"]
-  values |= _estimates(verdicts_PK, ks, seed)
+  values |= _estimates(verdicts_PK, ks, seed, scores)
   correct_P = _count(verdicts_PK, lambda verdict: verdict.correct)
   lucky_P = _count(verdicts_PK, _is_lucky)
   silent_P = _count(verdicts_PK, lambda verdict: verdict.answer is None)
@@ -159,19 +166,29 @@ def correct_chains(
   return chains
 
 
-def _check(verdicts_PK, examples, greedy, ks) -> None:
+def _check(verdicts_PK, examples, greedy, ks, scores) -> None:
   lengths = {"verdicts": len(verdicts_PK), "examples": len(examples)}
   if greedy is not None:
     lengths["greedy"] = len(greedy)
+  if scores is not None:
+    lengths["scores"] = len(scores)
   if len(set(lengths.values())) > 1:
     raise ConfigError(f"one entry a prompt is needed in each of: {lengths}.")
   if not examples:
     raise ConfigError("no prompts to report on.")
   if any(k < 1 for k in ks):
     raise ConfigError(f"ks is {tuple(ks)}; each k is at least 1.")
+  for example, row, marks in zip(examples, verdicts_PK, scores or ()):
+    if len(row) != len(marks) or not np.all(np.isfinite(marks)):
+      raise ConfigError(
+        f"example {example.id} has {len(row)} samples and scores {list(marks)}; each"
+        " sample needs one finite score."
+      )
 
 
-def _estimates(verdicts_PK, ks: Sequence[int], seed: int) -> dict[str, np.ndarray]:
+def _estimates(
+  verdicts_PK, ks: Sequence[int], seed: int, scores
+) -> dict[str, np.ndarray]:
   answer_PK, valid_PK = _answer_ids(verdicts_PK)
   gold_P = np.zeros(len(answer_PK), np.int32)
   most = answer_PK.shape[1]
@@ -179,15 +196,28 @@ def _estimates(verdicts_PK, ks: Sequence[int], seed: int) -> dict[str, np.ndarra
   for k in ks:
     pass_P = estimates.pass_at_k((answer_PK == 0) & valid_PK, valid_PK, k)
     values[f"pass@{k}"] = np.asarray(pass_P)
+  score_PK = np.zeros(answer_PK.shape, np.float32)
+  for prompt, marks in enumerate(scores or ()):
+    score_PK[prompt, : len(marks)] = marks
+  key = jax.random.key(seed)
   for k in ks:
     if k == 1:
       continue  # maj@1 is greedy; a vote of one sample would be pass@1
-    if k == most and valid_PK.all():
+    everyone = k == most and valid_PK.all()
+    if everyone:
       maj_P = estimates.maj_at_k(answer_PK, gold_P, valid_PK)
     else:
-      key = jax.random.key(seed)
       maj_P, _ = estimates.maj_subset(answer_PK, gold_P, valid_PK, k, key)
     values[f"maj@{k}"] = np.asarray(maj_P)
+    if scores is None:
+      continue
+    samples = answer_PK, score_PK, gold_P, valid_PK
+    for name, mode in (("rerank", "best"), ("weighted", "weighted")):
+      if everyone:
+        value_P = estimates.rerank(*samples, mode=mode)
+      else:
+        value_P, _ = estimates.rerank_subset(*samples, k, key, mode=mode)
+      values[f"{name}@{k}"] = np.asarray(value_P)
   return values
 
 
