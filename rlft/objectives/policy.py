@@ -192,7 +192,7 @@ def entropy_loss(
   aggregate: str = "token",
   constant_length: int = 0,
 ) -> Pair:
-  """Minus the policy's entropy: added with a coefficient above 0 it keeps it high.
+  """The policy's entropy, to be *subtracted* from its loss times a coefficient.
 
   Args:
     entropy_BC: float [B, C], nats, of the distribution that token c was chosen from.
@@ -200,9 +200,9 @@ def entropy_loss(
       then shares.
 
   Returns:
-    (sum, denominator), float32 scalars; the sum is negative.
+    (sum, denominator), float32 scalars; the sum is not negative.
   """
-  return _aggregate(-entropy_BC, mask_BC, aggregate, constant_length)
+  return _aggregate(entropy_BC, mask_BC, aggregate, constant_length)
 
 
 def _kept(x_BC: jax.Array, mask_BC: jax.Array) -> jax.Array:
