@@ -8,7 +8,6 @@ Source: Cobbe et al. 2021; github.com/openai/grade-school-math.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example, Verdict
-from rlft.tasks import chains
+from rlft.tasks import chains, jsonl
 
 _log = logging.getLogger(__name__)
 
@@ -198,11 +197,11 @@ def _rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
   """(place, row) of each; a row that cannot be read is a DataError that says why."""
   if not isinstance(source, (str, os.PathLike)):
     for path in source:
-      yield from _file_rows(Path(path))
+      yield from jsonl.rows(Path(path))
   elif Path(source).is_dir():
-    yield from _file_rows(Path(source) / f"{split}.jsonl")
+    yield from jsonl.rows(Path(source) / f"{split}.jsonl")
   elif Path(source).exists() or Path(source).suffix in (".jsonl", ".json"):
-    yield from _file_rows(Path(source))
+    yield from jsonl.rows(Path(source))
   elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
     yield from _named_rows(str(source), split)
   else:
@@ -210,27 +209,6 @@ def _rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
       f"{source}: no such file; give a jsonl file, a directory with {split}.jsonl, or"
       " the name of a data set, such as 'openai/gsm8k'."
     )
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-  try:
-    # Bytes, so that one line that is not UTF-8 spoils only itself.
-    with path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        yield f"{path}, line {number}", _parse_line(line)
-  except OSError as error:
-    raise DataError(f"{path}: {error.strerror or error}.") from error
-
-
-def _parse_line(line: bytes) -> Any:
-  if not line.strip():
-    return DataError("the line is empty.")
-  try:
-    return json.loads(line.decode("utf-8-sig"))
-  except UnicodeDecodeError:
-    return DataError("the line is not UTF-8.")
-  except (ValueError, RecursionError) as error:
-    return DataError(f"not JSON: {error}.")
 
 
 def _named_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
