@@ -6,16 +6,18 @@ Letters: B rows, T tokens, E hidden size.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import batch_shards, sharding
-from rlft.models.decoder import Decoder, positions_from_mask
+from rlft.models.decoder import Decoder, DecoderConfig, positions_from_mask
 from rlft.models.heads import lm_logp
 from rlft.sampling.buckets import bucket
 from rlft.sampling.logits import MIN_TEMPERATURE
@@ -183,6 +185,28 @@ def score(
     DataError: shapes differ, or a token id is outside the vocabulary.
     ConfigError: the temperature is not positive.
   """
+  if not (np.isfinite(temperature) and temperature >= MIN_TEMPERATURE):
+    raise ConfigError(
+      f"temperature={temperature}: log-probabilities need a positive temperature, at "
+      f"least {MIN_TEMPERATURE} (score greedy samples at temperature 1)"
+    )
+  tokens, mask = check_rows(tokens, mask, policy.model.config)
+  if not tokens.size:
+    return np.zeros(tokens.shape, np.float32)
+  run = lambda *block: _jit_token_logp(
+    policy.model, policy.params, *block, np.float32(temperature)
+  )
+  return in_blocks(run, policy.model.mesh, tokens, mask, max_tokens)[
+    :, : tokens.shape[1]
+  ]
+
+
+def check_rows(tokens, mask, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
+  """Rows that a model can read, as int32 and bool [B, T]; 0 under the pads.
+
+  Raises:
+    DataError: shapes differ, ids are outside the vocabulary, or a row is too long.
+  """
   tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
   if tokens.ndim != 2 or tokens.shape != mask.shape:
     raise DataError(
@@ -190,12 +214,6 @@ def score(
     )
   if not np.issubdtype(tokens.dtype, np.integer):
     raise DataError(f"tokens have dtype {tokens.dtype}; give integer token ids")
-  if not (np.isfinite(temperature) and temperature >= MIN_TEMPERATURE):
-    raise ConfigError(
-      f"temperature={temperature}: log-probabilities need a positive temperature, at "
-      f"least {MIN_TEMPERATURE} (score greedy samples at temperature 1)"
-    )
-  config = policy.model.config
   real = tokens[mask]
   if real.size and not (real.min() >= 0 and real.max() < config.vocab_size):
     raise DataError(
@@ -207,25 +225,39 @@ def score(
     raise DataError(
       f"a row has {longest} tokens, the model at most {config.max_positions}; cut it"
     )
-  rows, length = tokens.shape
-  if rows == 0 or length == 0:
-    return np.zeros(tokens.shape, np.float32)
+  return np.where(mask, tokens, 0).astype(np.int32), mask
 
+
+def in_blocks(
+  run: Callable[[Any, Any], Any],
+  mesh: Mesh | None,
+  tokens: np.ndarray,
+  mask: np.ndarray,
+  max_tokens: int,
+) -> np.ndarray:
+  """Runs a program over rows, in blocks whose shapes are buckets: few are compiled.
+
+  Args:
+    run: jitted; (tokens [R, W], mask [R, W]) -> an array of R rows.
+    mesh: where the rows are sharded.
+    tokens, mask: [B, T], see `check_rows`; neither B nor T is 0.
+    max_tokens: about how many tokens a block holds.
+
+  Returns:
+    The results of the B rows; a time axis is as wide as the bucket.
+  """
+  rows, length = tokens.shape
   wide = bucket(length)
-  shards = batch_shards(policy.model.mesh)
+  shards = batch_shards(mesh)
   step = min(bucket(rows, 1), max(1, max_tokens // wide))
   step = -(-step // shards) * shards
   padded = -(-rows // step) * step
   grow = ((0, padded - rows), (0, wide - length))
-  tokens = np.pad(np.where(mask, tokens, 0).astype(np.int32), grow)
-  mask = np.pad(mask, grow)
+  tokens, mask = np.pad(tokens, grow), np.pad(mask, grow)
   out = []
   for start in range(0, padded, step):
     part = tokens[start : start + step], mask[start : start + step]
-    if policy.model.mesh is not None:
-      layout = sharding(policy.model.mesh, ("batch", None), part[0].shape)
-      part = jax.device_put(part, layout)
-    out.append(
-      _jit_token_logp(policy.model, policy.params, *part, np.float32(temperature))
-    )
-  return np.concatenate([np.asarray(x) for x in out])[:rows, :length]
+    if mesh is not None:
+      part = jax.device_put(part, sharding(mesh, ("batch", None), part[0].shape))
+    out.append(run(*part))
+  return np.concatenate([np.asarray(x) for x in out])[:rows]
