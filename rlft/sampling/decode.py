@@ -25,6 +25,9 @@ from rlft.models.decoder import Decoder, positions_from_mask
 from rlft.models.heads import lm_logits
 from rlft.sampling.logits import Sampling, choose
 
+# A row has room for its forced tokens so many times more, where they enter again.
+MOST_AGAIN = 16
+
 # How often each program was traced, which is how often it was compiled.
 TRACES = {"insert": 0, "decode": 0}
 
@@ -38,11 +41,14 @@ class Rules:
     next_state_XV: int32, the stop automaton; the last state that a stop reaches
       absorbs.
     stop_state: int32 scalar, the absorbing state; -1 when there are no stops.
+    again: bool scalar: a stop does not end a row, but has its forced tokens enter once
+      more, as a control token does before every step.
   """
 
   eos_Z: jax.Array
   next_state_XV: jax.Array
   stop_state: jax.Array
+  again: jax.Array
 
 
 @struct.dataclass
@@ -290,12 +296,16 @@ def decode_step(
   # Forced text cannot complete a stop: the automaton reads what the policy chose.
   next_B = jnp.where(forced_B, 0, rules.next_state_XV[state.stop_state_B, token_B])
   stop_state_B = jnp.where(active_B, next_B, state.stop_state_B)
-  ended_B = chosen_B & (
-    (token_B[:, None] == rules.eos_Z).any(-1) | (stop_state_B == rules.stop_state)
-  )
+  stop_B = chosen_B & (stop_state_B == rules.stop_state)
+  again_B = stop_B & rules.again
+  ended_B = chosen_B & (token_B[:, None] == rules.eos_Z).any(-1) | stop_B & ~again_B
+  stop_state_B = jnp.where(again_B, 0, stop_state_B)
+  queue_at_B = jnp.where(again_B, 0, state.queue_at_B + (forced_B & active_B))
   count_B = state.chosen_B + chosen_B
   length_B = index_B + active_B
-  spent_B = (count_B >= state.sampling.max_new_B) | (length_B >= capacity)
+  most_B = state.sampling.max_new_B + (1 + MOST_AGAIN) * state.queue_length_B
+  spent_B = count_B >= state.sampling.max_new_B
+  spent_B |= (length_B >= most_B) | (length_B >= capacity)
 
   out = model.apply(
     {"params": params},
@@ -315,7 +325,7 @@ def decode_step(
     finished_B=state.finished_B | ended_B,
     stop_state_B=stop_state_B,
     chosen_B=count_B,
-    queue_at_B=state.queue_at_B + (forced_B & active_B),
+    queue_at_B=queue_at_B,
     steps=state.steps + 1,
   )
 

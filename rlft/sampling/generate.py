@@ -127,6 +127,7 @@ def generate(
   step: int = 0,
   prompt_ids: Sequence[int] | None = None,
   forced: Sequence[Sequence[int]] | None = None,
+  again: str | Sequence[str] = (),
   purpose: rng.Purpose = rng.Purpose.ROLLOUT,
   max_rows: int = 128,
   dtype: Any = None,
@@ -153,6 +154,9 @@ def generate(
     prompt_ids: the data set's index of each prompt; 0 to N - 1 when None.
     forced: for each prompt, token ids that open its completions; in `tokens`, but not
       in `completion_mask`.
+    again: strings (of what the policy chose) after which the forced tokens enter once
+      more, as a control token does before every step; not together with `stop`. They
+      fit in `sampling.decode.MOST_AGAIN` times; a row that needs more is truncated.
     purpose: which stream of noise.
     max_rows: most rows in flight (but at least one prompt's samples); further prompts
       wait for a free slot.
@@ -201,8 +205,11 @@ def generate(
   ):
     raise ConfigError(f"prompt_ids={prompt_ids!r}: give integers from 0 to 2**31 - 1")
   forced = [_checked(row, f"forced {i}", config) for i, row in enumerate(forced)]
+  if again and stop:
+    raise ConfigError(f"again={again!r} and stop={stop!r}: give one of them")
   lengths = np.array([len(x) for x in ids])
-  budget = each["max_new_tokens"] + np.array([len(f) for f in forced])
+  times = 1 + (device.MOST_AGAIN if again else 0)
+  budget = each["max_new_tokens"] + times * np.array([len(f) for f in forced])
   over = np.flatnonzero(lengths + budget > config.max_positions)
   if over.size:
     i = int(over[0])
@@ -212,9 +219,10 @@ def generate(
     )
 
   stops = [stop] if isinstance(stop, str) else stop
-  table = _stop_table(policy, stops)
+  marks = [again] if isinstance(again, str) and again else again
+  table = _stop_table(policy, marks or stops)
   rollout_model, params = _cached_layout(model, policy.params, dtype)
-  rules = _rules(policy, table)
+  rules = _rules(policy, table, bool(marks))
   wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
   capacity = min(capacity, config.max_positions)
   queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
@@ -345,13 +353,14 @@ def _stop_table(policy: Policy, stops: Sequence[str]) -> StopTable:
   return StopTable(np.zeros((1, policy.config.vocab_size), np.int32), -1, ())
 
 
-def _rules(policy: Policy, table: StopTable) -> device.Rules:
+def _rules(policy: Policy, table: StopTable, again: bool) -> device.Rules:
   eos = sorted(set(policy.eos_ids))
   wide = -(-max(1, len(eos)) // EOS_BUCKET) * EOS_BUCKET
   return device.Rules(
     eos_Z=jnp.asarray(eos + [-1] * (wide - len(eos)), jnp.int32),
     next_state_XV=jnp.asarray(table.next_state, jnp.int32),
     stop_state=jnp.int32(table.terminal),
+    again=jnp.bool_(again),
   )
 
 

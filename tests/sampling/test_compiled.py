@@ -183,7 +183,10 @@ assert K * C == P
 
 def rules_of(vocab: int) -> decode.Rules:
   return decode.Rules(
-    np.full((8,), -1, np.int32), np.zeros((16, vocab), np.int32), np.int32(1)
+    np.full((8,), -1, np.int32),
+    np.zeros((16, vocab), np.int32),
+    np.int32(1),
+    np.bool_(False),
   )
 
 

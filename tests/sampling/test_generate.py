@@ -302,6 +302,57 @@ def test_forced_tokens_open_the_completion(policy):
     assert one[: len(other)] == other[: len(one)] or len(one) == 1
 
 
+def test_forced_tokens_enter_again_after_each_mark(policy):
+  """As sampling step by step would do it, with a prompt that grows by every step."""
+  marks, label = ["d", "ab", "h"], [30, 31]
+  none = dataclasses.replace(policy, eos_ids=())
+  settings = {"samples": 1, "temperature": 0.0}
+  forced = [label, [], label, label[:1]]
+  whole = sample(none, forced=forced, again=marks, **settings)
+  entered = []
+  for i, row in enumerate(rows_of(whole)):
+    prompt, left, found = list(PROMPTS[i]), 16, []
+    while left and found[-1:] != [0]:  # token 0 ends the text
+      step = sample(
+        none,
+        [prompt + found],
+        forced=[forced[i]],
+        stop=marks,
+        **settings | {"max_new_tokens": left},
+      )
+      found += rows_of(step)[0]
+      left -= int(step.completion_mask.sum())
+      entered.append(len(forced[i]))
+    assert row == found and whole.finished[i] == (found[-1] == 0)
+    assert whole.completion_mask[i].sum() == 16 - left
+  assert len(entered) > 8 and {0, 1, 2} == set(entered)
+  scored = rlft.score(none, whole.tokens, whole.mask)
+  chosen = whole.completion_mask
+  assert np.abs(scored - whole.logp)[chosen].max() < 1e-4
+  assert not whole.logp[~chosen].any() and "".join(marks) not in whole.completions[0]
+
+
+def test_a_row_with_too_many_marks_is_cut(policy):
+  """Each token is a mark: its labels fit in so many times, whatever the others need."""
+  none = dataclasses.replace(policy, eos_ids=())
+  marks = list("abcdefghij \n")
+  rows = {}
+  for limit in (4, 40):
+    rollout = sample(
+      none,
+      [[7, 8, 9], [3]],
+      samples=1,
+      forced=[[30], []],
+      again=marks,
+      max_new_tokens=[40, limit],
+    )
+    rows[limit] = rows_of(rollout)[0]
+    assert not rollout.finished[0]
+    assert set(rows[limit][::2]) == {30}
+  assert rows[4] == rows[40]
+  assert len(rows[4]) == 40 + decode.MOST_AGAIN + 1
+
+
 # ------------------------------------------------------------- noise
 
 
@@ -526,6 +577,8 @@ def test_bad_prompts(policy, no_device, prompts, message):
     {"prompt_ids": [0, 1, 2, 2**31]},
     {"prompt_ids": 3},
     {"forced": [[1]]},
+    {"again": ["a"], "stop": ["b"]},
+    {"again": [""]},
     {"stop": [""]},
     {"stop": [3]},
     {"stop": None},
