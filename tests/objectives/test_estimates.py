@@ -241,3 +241,98 @@ def test_wrong_requests_are_named():
     estimates.pass_at_k(ALL, ALL[:, :4], 1)
   with pytest.raises(AssertionError):
     estimates.maj_at_k(ANSWERS, np.zeros(2, np.int32), ALL)
+
+
+def rerank_of(answers, scores, gold=7, valid=None, mode="best") -> float:
+  answers, scores = np.array([answers]), np.array([scores], np.float32)
+  valid = np.ones(answers.shape, bool) if valid is None else np.array([valid])
+  return float(estimates.rerank(answers, scores, np.array([gold]), valid, mode)[0])
+
+
+@pytest.mark.parametrize(
+  ("answers", "scores", "best", "weighted"),
+  [
+    ([7, 8, 8], [0.9, 0.4, 0.4], 1, 1),  # one good sample outweighs two middling
+    ([7, 8, 8], [0.9, 0.5, 0.5], 1, 0),  # and not two better ones
+    ([7, 8, 9], [0.5, 0.5, 0.1], 0.5, 0.5),  # ties
+    ([7, 7, 8], [0.5, 0.5, 0.5], 2 / 3, 1),
+    ([-1, 7, 8], [0.9, 0.5, 0.4], 0, 1),  # without an answer: best, but no vote
+    ([-1, -1, -1], [0.1, 0.2, 0.3], 0, 0),
+    ([7, 8, 8], [-1.0, -2.0, -2.0], 1, 1),
+    ([7, 7, 7, 8], [-1.0, -1.0, -1.0, -2.0], 1, 1),  # not lost by being frequent
+    ([7, 8, 8], [3.0, 1.0, -1.0], 1, 1),
+    ([8, 7, 7], [-2.0, -2.0, -2.0], 2 / 3, 1),  # all weights 0: a plain vote
+    ([8, 7, 7], [0.0, 0.0, 0.0], 2 / 3, 1),
+    ([7, 8, 8], [0.1, np.nan, np.nan], 1, 1),  # not scored, so not there
+    ([8, 7, 7, -1], [2.0, 1.0, 1.5, -9.0], 0, 1),  # who does not vote shifts nobody
+  ],
+)
+def test_rerank_by_hand(answers, scores, best, weighted):
+  assert rerank_of(answers, scores) == pytest.approx(best)
+  assert rerank_of(answers, scores, mode="weighted") == pytest.approx(weighted)
+
+
+def test_rerank_sees_valid_samples_only():
+  answers, scores = [8, 7, 7, 8], [9.0, 1.0, 2.0, np.nan]
+  for mode in ("best", "weighted"):
+    assert rerank_of(answers, scores, valid=[False, True, True, False], mode=mode) == 1
+    assert math.isnan(rerank_of(answers, scores, valid=[False] * 4, mode=mode))
+    assert math.isnan(rerank_of(answers, [np.nan] * 4, mode=mode))
+
+
+def test_equal_sums_tie_in_any_order():
+  """.1 + .2 + .3 and .3 + .2 + .1 differ in float32."""
+  scores = [0.1, 0.3, 0.2, 0.2, 0.3, 0.1] * 5
+  assert rerank_of([7, 8] * 15, scores, mode="weighted") == 0.5
+
+
+def random_votes(prompts, samples):
+  rng = np.random.default_rng(0)
+  answers = rng.integers(-1, 4, (prompts, samples))
+  return answers, rng.integers(0, 2, prompts), rng.random((prompts, samples)) < 0.8
+
+
+def test_a_constant_score_is_pass_at_1_and_the_plain_vote():
+  answers, gold, valid = random_votes(50, 9)
+  constant = np.full(answers.shape, 0.3, np.float32)
+  best = estimates.rerank(answers, constant, gold, valid, "best")
+  correct = (answers == gold[:, None]) & valid
+  np.testing.assert_allclose(best, estimates.pass_at_k(correct, valid, 1), atol=1e-6)
+  vote = estimates.rerank(answers, constant, gold, valid, "weighted")
+  np.testing.assert_allclose(vote, estimates.maj_at_k(answers, gold, valid), atol=1e-6)
+
+
+def test_a_score_that_knows_is_pass_at_k():
+  answers, gold, valid = random_votes(50, 9)
+  correct = (answers == gold[:, None]) & valid
+  knows = correct.astype(np.float32)
+  for mode in ("best", "weighted"):
+    reranked = np.asarray(estimates.rerank(answers, knows, gold, valid, mode))
+    assert np.all(reranked[correct.any(axis=1)] == 1)
+
+
+@pytest.mark.parametrize("mode", ["best", "weighted"])
+def test_rerank_of_subsets_is_near_enumeration(mode):
+  answers, gold, _ = random_votes(8, 6)
+  scores = np.random.default_rng(1).normal(size=answers.shape).astype(np.float32)
+  valid = np.ones(answers.shape, bool)
+  subsets = np.array(list(itertools.combinations(range(6), 3)))
+  each = [
+    estimates.rerank(answers[:, s], scores[:, s], gold, valid[:, :3], mode)
+    for s in subsets
+  ]
+  key = jax.random.key(0)
+  mean, stderr = estimates.rerank_subset(
+    answers, scores, gold, valid, 3, key, reps=512, mode=mode
+  )
+  exact = np.mean(each, axis=0)
+  assert np.ptp(exact) > 0.2  # there is something to estimate
+  np.testing.assert_array_less(np.abs(mean - exact), 5 * stderr + 1e-6)
+  assert np.all(stderr < 0.03)
+  few, _ = estimates.rerank_subset(answers, scores, gold, valid, 7, key, mode=mode)
+  assert np.all(np.isnan(few))
+
+
+def test_wrong_rerank_modes_are_named():
+  with pytest.raises(ConfigError, match="'vote'"):
+    rerank_of([7], [1.0], mode="vote")

@@ -196,3 +196,31 @@ def test_wrong_requests_are_named():
   b = reasoning.report(VERDICTS[:3], problems(3), ks=(1,))
   with pytest.raises(ConfigError, match="not of the same prompts"):
     reasoning.compare(a, b)
+
+
+def test_scores_rerank():
+  scores = [[0.1, 0.2, 0.3, 0.9], [0.9, 0.5, 0.6, 0.7], [9, 9, 9, 9], [0, 1, 2, 3]]
+  result = reasoning.report(VERDICTS, problems(4), ks=(1, 2, 4), scores=scores)
+  values = result["per_prompt"]
+  np.testing.assert_allclose(values["rerank@4"], [0, 1, 0, 0])
+  # 7: .1 + .2 + .3 against 8: .9; .9 + .5 against .6 + .7; nobody; 0 + 1 against 2.
+  np.testing.assert_allclose(values["weighted@4"], [0, 1, 0, 0])
+  # The best of two: prompt 0 is right in the 3 pairs of 6 without the last sample.
+  np.testing.assert_allclose(values["rerank@2"], [1 / 2, 1 / 2, 0, 1 / 6], atol=0.12)
+  assert {"rerank@1", "weighted@1"}.isdisjoint(values)
+  assert result["metrics"]["rerank@4"]["mean"] == 0.25
+  without = reasoning.report(VERDICTS, problems(4), ks=(1, 2, 4))["per_prompt"]
+  assert set(values) - set(without) == {
+    f"{name}@{k}" for name in ("rerank", "weighted") for k in (2, 4)
+  }
+  for name, value_P in without.items():
+    np.testing.assert_array_equal(values[name], value_P)
+
+
+def test_scores_of_uneven_rows_and_wrong_ones():
+  verdicts = [[EIGHT, right("3+4=7")], [right("3+4=7")], []]
+  values = reasoning.report(verdicts, problems(3), ks=(2,), scores=[[1, 2], [3], []])
+  np.testing.assert_allclose(values["per_prompt"]["rerank@2"], [1, np.nan, np.nan])
+  for scores in ([[1, 2], [3]], [[1], [3], []], [[1, math.nan], [3], []]):
+    with pytest.raises(ConfigError, match="scores"):
+      reasoning.report(verdicts, problems(3), ks=(2,), scores=scores)
