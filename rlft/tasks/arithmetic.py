@@ -157,6 +157,29 @@ def judge(completion: str, example: Example) -> Verdict:
   return Verdict(answer, answer == example.answer, consistent, chain)
 
 
+def steps(completion: str) -> list[tuple[int, str]]:
+  """Where each worked step ends, and its result.
+
+  Steps are equations between two numbers, right or wrong, with commas between them,
+  before the first `####`; what is no equation is passed over. White space means
+  nothing, as in `judge`.
+
+  Args:
+    completion: what a model wrote after the prompt, hostile text included.
+
+  Returns:
+    (offset after the last digit of the result, the result), in order.
+  """
+  work = re.split(r"#(?:\s*#){3}", completion[:_MAX_COMPLETION_CHARS])[0]
+  found, at = [], 0
+  for part in work.split(","):
+    step = _parse_step("".join(part.split()))
+    if step is not None:
+      found.append((at + len(part.rstrip()), str(step[3])))
+    at += len(part) + 1
+  return found
+
+
 def solutions(
   split: str, index: int, knobs: Knobs | None = None, seed: int = 0
 ) -> list[str]:

@@ -25,6 +25,8 @@ MAX_DEPTH = 16
 _ANNOTATION = re.compile(rf"<<([^<>]{{0,{MAX_EQUATION_CHARS}}})>>")
 # [0-9], not \d: other alphabets have digits too.
 NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+# What the text repeats after an annotation, if it does.
+_SHOWN_RESULT = re.compile(rf"(?:[-−–]?\$?(?:{NUMBER}))?")
 _TOKEN = re.compile(rf"[\s$]*({NUMBER}|//|[-+*/()×÷−–]|x(?=\s*[0-9(.$]))")
 # The right side: one number, not the start of another expression (4000 + 2040), of a
 # mixed number (3 1/2), of a spaced one (42 000), of algebra (5A), nor a percentage.
@@ -146,7 +148,38 @@ def equations(text: str) -> list[Equation] | None:
     if len(found) != text.count("<<") or None in found:
       return None
     return found
-  return _plain_equations(text)
+  return [equation for _, equation in _plain_equations(text)]
+
+
+def steps(text: str) -> list[tuple[int, str]]:
+  """Where each worked step of a solution ends, and its result.
+
+  With calculator annotations a step ends after the number that follows its annotation,
+  `<<48/2=24>>24`, or with the annotation when none does; without, after the right side
+  of its equation. What cannot be read, or has no operator, is no step.
+
+  Args:
+    text: a solution; what follows its first `####` is not read.
+
+  Returns:
+    (offset after the step's last character, its result as `normalise` writes it), in
+    order; nothing where there are no steps, or the text is longer than MAX_CHARS.
+  """
+  if len(text) > MAX_CHARS:
+    return []
+  text = text.partition("####")[0]
+  if "<<" in text:
+    found = [
+      (_SHOWN_RESULT.match(text, match.end()).end(), parse_equation(match[1]))
+      for match in _ANNOTATION.finditer(text)
+    ]
+  else:
+    found = _plain_equations(text)
+  return [
+    (end, normalise(equation.result))
+    for end, equation in found
+    if equation and equation.operations
+  ]
 
 
 def canonical(text: str) -> tuple[str, ...] | None:
@@ -189,7 +222,8 @@ def consistent(text: str, answer: str | None = None) -> bool | None:
   return answer is None or parse_number(answer) == found[-1].result
 
 
-def _plain_equations(text: str) -> list[Equation]:
+def _plain_equations(text: str) -> list[tuple[int, Equation]]:
+  """The equations with the offsets at which they end."""
   found = []
   low = 0  # an expression never reaches back over the previous right side
   position = text.find("=")
@@ -198,7 +232,7 @@ def _plain_equations(text: str) -> list[Equation]:
     left = _left_side(text, low, position) if right else None
     equation = parse_equation(f"{left}={right[1]}") if left else None
     if equation and equation.operations:
-      found.append(equation)
+      found.append((right.end(), equation))
     low = right.end() if right else position + 1
     position = text.find("=", low)
   return found

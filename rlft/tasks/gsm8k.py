@@ -128,6 +128,11 @@ def judge(completion: str, example: Example, check: str = "numeric") -> Verdict:
   return Verdict(answer, correct, consistent, chains.canonical(completion))
 
 
+def steps(completion: str) -> list[tuple[int, str]]:
+  """Where each worked step ends, and its result; see `chains.steps`."""
+  return chains.steps(completion)
+
+
 def strict_gsm8k(text: str) -> str | None:
   """The answer as the reference extracts it, to be compared as a string.
 

@@ -326,3 +326,33 @@ def test_references_in_any_order_take_each_solution_alike():
   assert story_first / len(ranks) > 0.7
   with pytest.raises(ConfigError, match="reference"):
     arithmetic.Knobs(reference="last")
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("", []),
+    ("#### 12", []),
+    ("3+4=7, 7+5=12 #### 12", [(5, "7"), (13, "12")]),
+    (" 3 + 4 = 7 ,7+5=1 2\n#### 12", [(10, "7"), (19, "12")]),
+    ("3+4=8,", [(5, "8")]),  # a wrong one is a step too
+    ("3+4=7 and 7+5=12, x, 12-2=10", [(28, "10")]),  # no marker, no step
+    ("3+4=007", [(7, "7")]),
+    ("3+4=7 #### 7, 1+1=2", [(5, "7")]),
+    ("3+4=7, ## ## 7, 1+1=2", [(5, "7")]),
+    ("3+4=1234567", []),
+    ("٣+4=7", []),
+  ],
+)
+def test_steps(text, expected):
+  assert arithmetic.steps(text) == expected
+
+
+def test_steps_of_every_reference():
+  for split in arithmetic.SPLITS:
+    for example in generate(split, 20):
+      found = arithmetic.steps(example.solution)
+      assert found[-1][1] == example.answer
+      chain = arithmetic.judge(example.solution, example).chain
+      assert [value for _, value in found] == [c.split("=")[1] for c in chain]
+      assert all(example.solution[end] in ", " for end, _ in found)

@@ -243,3 +243,44 @@ def test_deep_brackets_end_without_recursion_errors():
   depth = chains.MAX_DEPTH
   assert chains.parse_equation("(" * depth + "1+1" + ")" * depth + "=2").holds
   assert chains.parse_equation("(" * 100 + "1+1" + ")" * 100 + "=2") is None
+
+
+# ------------------------------------------------------------------ steps
+
+
+def pieces(text):
+  """The text of each step, and its result."""
+  found, begin = [], 0
+  for end, result in chains.steps(text):
+    found.append((text[begin:end], result))
+    begin = end
+  return found
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("", []),
+    ("no step at all", []),
+    ("a 48/2 = <<48/2=24>>24 b", [("a 48/2 = <<48/2=24>>24", "24")]),
+    # Nothing after the annotation, or something else than its result.
+    ("<<48/2=24>> clips 7", [("<<48/2=24>>", "24")]),
+    ("<<1+1=2>>$2. <<3-4=-1>>-1!", [("<<1+1=2>>$2", "2"), (". <<3-4=-1>>-1", "-1")]),
+    ("<<600*2=1200>>1,200 and", [("<<600*2=1200>>1,200", "1200")]),
+    ("<<5/2=2.50>>2.50.", [("<<5/2=2.50>>2.50", "2.5")]),
+    # What cannot be read is no step, and spoils no other one.
+    ("<<a=1>>1 <<1+1=2>>2 <<3", [("<<a=1>>1 <<1+1=2>>2", "2")]),
+    ("<<5=5>>5 <<1+1=3>>3", [("<<5=5>>5 <<1+1=3>>3", "3")]),
+    # With an annotation anywhere, plain equations are repeated by annotations.
+    ("1+1=2, <<1+2=3>>3", [("1+1=2, <<1+2=3>>3", "3")]),
+    ("so 48 / 2 = $24, then", [("so 48 / 2 = $24", "24")]),
+    ("1+1=2\n2+2=5 #### 1+1=2", [("1+1=2", "2"), ("\n2+2=5", "5")]),
+    ("x=3 and 5=5", []),
+  ],
+)
+def test_steps(text, expected):
+  assert pieces(text) == expected
+
+
+def test_a_text_too_long_has_no_steps():
+  assert chains.steps("1+1=2 " + " " * chains.MAX_CHARS) == []

@@ -274,3 +274,20 @@ def test_ten_megabytes_are_judged_quickly(unit):
   for check in ("strict", "numeric"):
     gsm8k.judge(text, Example(0, "", "", "1"), check)
   assert time.perf_counter() - began < 3
+
+
+@pytest.mark.parametrize("annotations", ["keep", "strip"])
+def test_steps_are_the_chain_of_every_reference(data_dir, annotations):
+  examples = gsm8k.load(data_dir / "gsm8k", "train", annotations=annotations)
+  counts = []
+  for example in examples:
+    found = gsm8k.steps(example.solution)
+    chain = chains.canonical(example.solution) or ()
+    assert [f"={value}" for _, value in found] == [c[c.index("=") :] for c in chain]
+    ends = [end for end, _ in found]
+    assert ends == sorted(set(ends))
+    # Where a step ends nothing of its number is left.
+    assert not any(re.match(r"\.?[0-9]", example.solution[end:]) for end in ends)
+    counts.append(len(found))
+  mean = sum(counts) / len(counts)
+  assert (3.1 < mean < 3.3) if annotations == "keep" else (2.0 < mean < 3.3), mean
