@@ -1,0 +1,695 @@
+"""PPO: clipped policy gradient with a learned value function and a KL reward.
+
+  r_t    = r_env,t - kl_coef * kl_t                    kl_t of policy and reference
+  A_t    = GAE(r, V; gamma, lambda) over the tokens that the policy chose, whitened
+  L_pi   = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+  L_V    = 1/2 mean max((V - R)^2, (clip(V, V_old +- eps_V) - R)^2)
+
+Source: Schulman et al. 2017 (arXiv 1707.06347); for language models Ziegler et al.
+2019 (1909.08593) and Stiennon et al. 2020 (2009.01325), in the details that Huang et
+al. 2024 (2403.17031) found to matter; on reasoning Havrilla et al. 2024 (2403.04642).
+
+Policy, reference, value and reward model lie on one mesh. The reference costs nothing
+beside a LoRA policy (it is the base without its adapters), and the value model little
+with a shared trunk (it is a second head).
+
+Letters: B rows, T tokens, C completion columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.core import rng
+from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.types import Example, Reward
+from rlft.models import scalar as scalars
+from rlft.models.decoder import Decoder
+from rlft.models.hub import Policy
+from rlft.models.lora import LoRAConfig
+from rlft.models.scalar import ScalarModel
+from rlft.objectives import advantages as adv
+from rlft.objectives import kl
+from rlft.objectives import policy as policies
+from rlft.objectives import value as values
+from rlft.sampling.score import completion_hidden, hidden_logp
+from rlft.training import facts, rollouts
+from rlft.training.metrics import PhaseTimers
+from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
+from rlft.training.step import Sums, init_state, make_step
+from rlft.training.trainee import Trainee
+
+log = logging.getLogger(__name__)
+
+
+def _rl_optimizer(rate: float) -> OptimizerConfig:
+  return OptimizerConfig(learning_rate=rate, schedule="linear", eps=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOLoss:
+  """What is static in the train step.
+
+  Attributes:
+    clip_range: eps of the policy's ratio.
+    dual_clip: bound on -A times the ratio for negative advantages (above 1); 0 is off.
+    value_clip: eps_V; 0 is off.
+    value_coef: weight of L_V beside L_pi, where they share a trunk.
+    entropy_coef: of an entropy bonus.
+    aggregate: what a mean is over: "token" (all tokens of the batch alike), "sequence"
+      (rows alike) or "constant" (a sum over `constant_length`, as in Dr. GRPO).
+    constant_length: see above.
+    importance_cap: cap on pi_old / pi_sampler, where those were measured apart
+      (truncated importance weights); 0 is off.
+  """
+
+  clip_range: float = 0.2
+  dual_clip: float = 0.0
+  value_clip: float = 0.2
+  value_coef: float = 0.1
+  entropy_coef: float = 0.0
+  aggregate: Literal["token", "sequence", "constant"] = "token"
+  constant_length: int = 0
+  importance_cap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+  """PPO.
+
+  Attributes:
+    optimizer, value_optimizer: of the policy, and of a separate value model.
+    loss: see `PPOLoss`.
+    iterations: rollouts.
+    prompts_per_iteration, samples_per_prompt: B is their product.
+    temperature: of sampling and of every log-probability; there are no filters.
+    max_new_tokens, stop, chat: of sampling.
+    epochs, minibatches: updates of an iteration: every epoch takes each row once.
+    micro_batches: parts of a minibatch; changes memory only.
+    gamma, gae_lambda: of GAE.
+    kl_coef: weight of the KL reward, and the start of an adaptive one.
+    kl_estimator: "k1", "k2" or "k3", see `objectives.kl`.
+    kl_target: adapts kl_coef to hold the KL of a sequence there (nats); 0 keeps it.
+    kl_horizon: episodes over which it adapts.
+    whiten_advantages: whether advantages get mean 0 and variance 1 over an iteration.
+    scale_rewards: whether scores are divided by their standard deviation over an
+      iteration (their mean stays).
+    truncated: what a row is whose completion the length limit cut: "score" as any
+      other, "mask" leaves it out of the loss, "bootstrap" adds the value of its last
+      state.
+    value: "separate" model, or a head on a "shared" trunk.
+    critic_warmup: first iterations that train the value model only.
+    old_logp: where old log-probabilities come from: "recompute" them, take the
+      "sampler"'s, or "auto": the sampler's while they agree within 1e-4, measured in
+      the first iteration and every 16th.
+    lora: trains adapters, the reference being the base without them; None trains all.
+    compute_dtype, remat: of the models; masters stay float32.
+    max_tokens: of a block of rows that is scored at once.
+    max_rows: completions in flight.
+    eval_every: iterations between dev scores.
+    seed: of sampling, prompt order and minibatches.
+  """
+
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=lambda: _rl_optimizer(1e-6)
+  )
+  value_optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=lambda: _rl_optimizer(1e-5)
+  )
+  loss: PPOLoss = dataclasses.field(default_factory=PPOLoss)
+  iterations: int = 100
+  prompts_per_iteration: int = 32
+  samples_per_prompt: int = 4
+  temperature: float = 1.0
+  max_new_tokens: int = 256
+  stop: tuple[str, ...] = ()
+  chat: bool = False
+  epochs: int = 4
+  minibatches: int = 4
+  micro_batches: int = 1
+  gamma: float = 1.0
+  gae_lambda: float = 0.95
+  kl_coef: float = 0.05
+  kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+  kl_target: float = 0.0
+  kl_horizon: int = 10_000
+  whiten_advantages: bool = True
+  scale_rewards: bool = False
+  truncated: Literal["score", "mask", "bootstrap"] = "score"
+  value: Literal["separate", "shared"] = "separate"
+  critic_warmup: int = 0
+  old_logp: Literal["auto", "recompute", "sampler"] = "auto"
+  lora: LoRAConfig | None = None
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full", "dots"] = "none"
+  max_tokens: int = 16384
+  max_rows: int = 128
+  eval_every: int = 10
+  seed: int = 0
+
+  def __post_init__(self):
+    positive = (
+      "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
+      "epochs", "minibatches", "micro_batches", "kl_horizon", "max_tokens", "max_rows",
+      "eval_every",
+    )  # fmt: skip
+    for name in positive:
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+    for name in ("kl_coef", "kl_target", "critic_warmup"):
+      if not 0 <= getattr(self, name) < float("inf"):
+        raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+    for name in ("gamma", "gae_lambda"):
+      if not 0 <= getattr(self, name) <= 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: from 0 to 1")
+    if not self.temperature > 0:
+      raise ConfigError(
+        f"temperature={self.temperature}: samples must differ, so it must be positive"
+      )
+    if self.value == "shared" and self.loss.aggregate != "token":
+      raise ConfigError(
+        f"value='shared' adds two means over tokens; loss.aggregate="
+        f"{self.loss.aggregate!r} needs value='separate'"
+      )
+    if self.kl_target and not self.kl_coef:
+      raise ConfigError("kl_target adapts kl_coef by factors: start above 0")
+    for name, legal in (
+      ("kl_estimator", ("k1", "k2", "k3")),
+      ("truncated", ("score", "mask", "bootstrap")),
+      ("value", ("separate", "shared")),
+      ("old_logp", ("auto", "recompute", "sampler")),
+      ("compute_dtype", ("float32", "bfloat16")),
+      ("remat", ("none", "full", "dots")),
+    ):
+      if getattr(self, name) not in legal:
+        raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
+    rng.check_seed(self.seed)
+
+
+@dataclasses.dataclass
+class PPOResult:
+  """What PPO gave.
+
+  Attributes:
+    policy: of the best dev score, or the last one without a dev split; adapters are
+      merged.
+    value: the value model, or None with a shared trunk.
+    iterations: one dict of metrics an iteration.
+    history: (sampled solutions, dev score) pairs, the start first.
+    sampled_solutions: completions sampled for training, exactly.
+    update_tokens: tokens in the policy's losses, epochs counted.
+    seconds: wall clock.
+  """
+
+  policy: Policy
+  value: ScalarModel | None
+  iterations: list[dict[str, float]]
+  history: list[tuple[int, float]]
+  sampled_solutions: int
+  update_tokens: int
+  seconds: float
+
+
+# ------------------------------------------------------------------------ the losses
+
+
+def policy_sums(
+  model: Decoder,
+  loss: PPOLoss,
+  params: dict,
+  batch: RLBatch,
+  base: dict | None,
+  temperature: jax.Array,
+) -> tuple[Sums, jax.Array]:
+  """Sums of the policy's loss, and the hidden states that a value head may read; pure.
+
+  Args:
+    model: the decoder.
+    loss: static settings.
+    params: {"policy": ...}, or {"lora": ...} over `base`.
+    batch: rows of an iteration.
+    base: frozen parameters under the adapters, else None.
+    temperature: scalar, the one that sampled.
+
+  Returns:
+    ({"loss": (sum, denominator), ...}, hidden_BCE).
+  """
+  weights = params.get("policy", base)
+  columns = batch.loss_mask.shape[1]
+  hidden_BCE = completion_hidden(
+    model, weights, batch.tokens, batch.mask, columns, params.get("lora")
+  )
+  logp_BC, entropy_BC = hidden_logp(
+    model, weights, hidden_BCE, batch.tokens, batch.mask, temperature
+  )
+  (total, denominator), stats = policies.policy_loss(
+    logp_BC,
+    batch.old_logp,
+    batch.advantage,
+    batch.loss_mask,
+    clip_low=loss.clip_range,
+    clip_high=loss.clip_range,
+    dual_clip=loss.dual_clip,
+    aggregate=loss.aggregate,
+    constant_length=loss.constant_length,
+    behaviour_logp_BC=batch.behaviour_logp,
+    importance_cap=loss.importance_cap,
+  )
+  stats["policy_loss"] = total, denominator
+  if loss.entropy_coef:
+    bonus, _ = policies.entropy_loss(
+      entropy_BC, batch.loss_mask, loss.aggregate, loss.constant_length
+    )
+    total -= loss.entropy_coef * bonus
+  entropy_BC = jnp.where(batch.loss_mask, jax.lax.stop_gradient(entropy_BC), 0.0)
+  stats["entropy"] = jnp.sum(entropy_BC), jnp.sum(batch.loss_mask, dtype=jnp.float32)
+  return {"loss": (total, denominator), **stats}, hidden_BCE
+
+
+def value_sums(value_BC: jax.Array, loss: PPOLoss, batch: RLBatch) -> Sums:
+  """Sums of the value loss of values [B, C]; pure."""
+  pair, stats = values.value_loss(
+    value_BC, batch.old_value, batch.returns, batch.loss_mask, loss.value_clip
+  )
+  return {"loss": pair, "value_loss": pair, **stats}
+
+
+@functools.lru_cache(maxsize=16)
+def make_policy_step(
+  model: Decoder, loss: PPOLoss, optimizer: OptimizerConfig, micro_batches: int = 1
+):
+  """`step(state, RLBatch, base, temperature)`: updates the policy, and with it a value
+  head that shares its trunk; pure, jitted, donated. Equal arguments, one compilation.
+  """
+
+  def sums(params, batch, base, temperature):
+    out, hidden_BCE = policy_sums(model, loss, params, batch, base, temperature)
+    if "head" not in params:
+      return out
+    value_BC = scalars.scalar_head(params["head"], hidden_BCE)
+    critic = value_sums(value_BC, loss, batch)
+    # Both means are over the same tokens (see PPOConfig), so their sums can be added.
+    total, denominator = out["loss"]
+    out["loss"] = total + loss.value_coef * critic.pop("loss")[0], denominator
+    return out | critic
+
+  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def make_value_step(
+  model: Decoder, loss: PPOLoss, optimizer: OptimizerConfig, micro_batches: int = 1
+):
+  """`step(state, RLBatch)` of a separate value model; pure, jitted, donated."""
+
+  def sums(params, batch):
+    columns = batch.loss_mask.shape[1]
+    value_BC = scalars.next_values(model, params, batch.tokens, batch.mask, columns)
+    return value_sums(value_BC, loss, batch)
+
+  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+
+
+# ------------------------------------------------------------------- the advantages
+
+
+@functools.partial(jax.jit, static_argnames=("estimator", "whiten"))
+def estimate_advantages(
+  reward_BC: jax.Array,
+  value_BC: jax.Array,
+  logp_BC: jax.Array,
+  ref_logp_BC: jax.Array,
+  mask_BC: jax.Array,
+  bootstrap_B: jax.Array,
+  kl_coef: jax.Array,
+  gamma: jax.Array,
+  gae_lambda: jax.Array,
+  *,
+  estimator: str,
+  whiten: bool,
+) -> dict[str, jax.Array]:
+  """KL reward, GAE, whitening; the numbers that go with them.
+
+  Args:
+    reward_BC: of the environment, on the tokens where it is paid.
+    value_BC: of the state before each token.
+    logp_BC, ref_logp_BC: of policy and reference.
+    mask_BC: bool, tokens that the policy chose, of rows that train.
+    bootstrap_B: value after the last token; 0 where the row has ended.
+    kl_coef, gamma, gae_lambda: scalars.
+    estimator: of the KL, static.
+    whiten: static.
+
+  Returns:
+    advantage, returns [B, C]; and scalars by the name they are logged under.
+  """
+  kl_BC = jnp.where(mask_BC, kl.kl_token(logp_BC, ref_logp_BC, estimator), 0.0)
+  # k1 of the sampled tokens, whatever is paid: summed over a row it estimates the KL of
+  # whole completions, which is what the controller holds.
+  sequence_kl = kl.sequence_kl(logp_BC, ref_logp_BC, mask_BC)
+  total_BC = jnp.where(mask_BC, reward_BC, 0.0) - kl_coef * kl_BC
+  advantage_BC, returns_BC = adv.gae(
+    total_BC, value_BC, mask_BC, gamma, gae_lambda, bootstrap_B
+  )
+  count = jnp.maximum(jnp.sum(mask_BC), 1)
+  mean = jnp.sum(jnp.where(mask_BC, advantage_BC, 0.0)) / count
+  variance = jnp.sum(jnp.where(mask_BC, (advantage_BC - mean) ** 2, 0.0)) / count
+  out = {
+    "kl/sequence": sequence_kl,
+    "kl/token": jnp.sum(kl_BC) / count,
+    "reward/with_kl": jnp.mean(jnp.sum(total_BC, axis=1)),
+    "advantage/mean": mean,
+    "advantage/std": jnp.sqrt(variance),
+    "value/mean": jnp.sum(jnp.where(mask_BC, value_BC, 0.0)) / count,
+    "value/explained_variance": values.explained_variance(
+      value_BC, returns_BC, mask_BC
+    ),
+    "returns": returns_BC,
+  }
+  if whiten:
+    advantage_BC = adv.whiten(advantage_BC, mask_BC)
+  return out | {"advantage": advantage_BC}
+
+
+# ------------------------------------------------------------------------ the run
+
+
+def run(
+  policy: Policy,
+  examples: Sequence[Example],
+  reward: RewardOf,
+  config: PPOConfig,
+  *,
+  value: ScalarModel | None = None,
+  reference: Policy | None = None,
+  dev_score: Callable[[Policy], float] | None = None,
+  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+) -> PPOResult:
+  """Runs PPO.
+
+  Args:
+    policy: where to start; its parameters are not changed.
+    examples: the training prompts.
+    reward: of a rollout (see `rewards.contract` and `rewards.learned`).
+    config: see `PPOConfig`.
+    value: a separate value model to start from, such as `scalar.as_value` of the reward
+      model; a zero head on a copy of the policy when None.
+    reference: what the KL is measured to; the policy at the start when None.
+    dev_score: of a policy, larger is better; chooses what is returned.
+    on_event: called with ("sample" | "train" | "iteration", values) for progress.
+
+  Returns:
+    `PPOResult`.
+
+  Raises:
+    ConfigError, DataError: before any device work.
+    RewardError: of the reward.
+    DivergenceError: the first update contradicts what must hold of a first update, or
+      a loss is not finite.
+  """
+  _check(policy, examples, config, value, reference)
+  began = time.perf_counter()
+  tell = on_event or (lambda kind, values: None)
+  run_ = _Run(policy, config, value, reference)
+  history, best, best_score = [], None, None
+  if dev_score is not None:
+    best, best_score = policy, dev_score(policy)
+    history.append((0, best_score))
+  iterations: list[dict[str, float]] = []
+  sampled = tokens = 0
+  for index in range(config.iterations):
+    prompts = rollouts.prompts_of(
+      examples, index, config.prompts_per_iteration, config.seed
+    )
+    stats = run_.iterate(index, prompts, reward, tell)
+    sampled += len(prompts) * config.samples_per_prompt
+    tokens += int(stats.pop("update_tokens"))
+    stats["sampled_solutions"] = sampled
+    last = index + 1 == config.iterations
+    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
+      current = run_.trainee.export()
+      stats["dev"] = score = dev_score(current)
+      history.append((sampled, score))
+      if score > best_score:
+        best, best_score = current, score
+    iterations.append(stats)
+    tell("iteration", stats)
+  return PPOResult(
+    policy=run_.trainee.export() if best is None else best,
+    value=run_.value_model() if config.value == "separate" else None,
+    iterations=iterations,
+    history=history,
+    sampled_solutions=sampled,
+    update_tokens=tokens,
+    seconds=time.perf_counter() - began,
+  )
+
+
+def _check(policy, examples, config: PPOConfig, value, reference) -> None:
+  if not examples:
+    raise DataError("no training prompts")
+  if len({e.id for e in examples}) != len(examples):
+    raise DataError("two training prompts have the same id: their noise would be equal")
+  if not policy.eos_ids:
+    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
+  rollouts.check_rows(
+    config.prompts_per_iteration,
+    config.samples_per_prompt,
+    config.minibatches,
+    config.micro_batches,
+    policy.model.mesh,
+  )
+  if value is not None and config.value == "shared":
+    raise ConfigError("value='shared' is a head on the policy: pass no value model")
+  for other in (value, reference):
+    if other is not None:
+      scalars.check_same_tokenizer(policy, other)
+  if reference is not None and config.lora is not None:
+    raise ConfigError("with lora the reference is the base policy: pass no reference")
+  if config.lora is None:
+    check_patterns(config.optimizer, {"policy": policy.params})
+
+
+class _Run:
+  """The state of a run, and one iteration of it."""
+
+  def __init__(self, policy: Policy, config: PPOConfig, value, reference):
+    self.config = config
+    shared = config.value == "shared"
+    per_iteration = config.epochs * config.minibatches
+    warmup = 0 if shared else config.critic_warmup  # a shared step trains both
+    head = scalars.init_scalar(policy, init="zero").params["head"]
+    self.trainee = Trainee(
+      policy,
+      config.optimizer,
+      max(1, (config.iterations - warmup) * per_iteration),
+      lora=config.lora,
+      head=head if shared else None,
+      dtype=config.compute_dtype,
+      remat=config.remat,
+      seed=config.seed,
+    )
+    start = self.trainee.start
+    self.reference = start
+    self.begins_at_reference = reference is None
+    if reference is not None:
+      model = reference.model.clone(dtype=start.model.dtype)
+      self.reference = dataclasses.replace(reference, model=model)
+    self.step = make_policy_step(
+      start.model, config.loss, config.optimizer, config.micro_batches
+    )
+    self.value = self.value_state = None
+    if not shared:
+      value = value or scalars.init_scalar(policy, init="zero")
+      value = scalars.place(value, start.model.mesh)
+      model = value.model.clone(dtype=start.model.dtype, remat=config.remat)
+      self.value = dataclasses.replace(value, model=model)
+      updates = config.iterations * per_iteration
+      self.value_state = init_state(value.params, config.value_optimizer, updates)
+      self.value_step = make_value_step(
+        model, config.loss, config.value_optimizer, config.micro_batches
+      )
+    self.kl_coef = config.kl_coef
+    self.recompute = config.old_logp == "recompute"
+    self.begun = False  # whether the policy has been updated
+
+  def value_model(self) -> ScalarModel:
+    """What estimates values now: the separate model, or trunk and head."""
+    if self.value_state is not None:
+      return dataclasses.replace(self.value, params=self.value_state.params)
+    model = scalars.init_scalar(self.trainee.merged(), init="zero")
+    params = model.params | {"head": self.trainee.state.params["head"]}
+    return dataclasses.replace(model, params=params)
+
+  def iterate(
+    self, index: int, prompts: Sequence[Example], reward: RewardOf, tell
+  ) -> dict[str, float]:
+    """Rollout, scores and rewards, advantages, updates."""
+    config, timers = self.config, PhaseTimers()
+    with timers.phase("rollout"):
+      rollout = rollouts.sample(
+        self.trainee.merged(),
+        prompts,
+        samples=config.samples_per_prompt,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        chat=config.chat,
+        seed=config.seed,
+        step=index,
+        max_rows=config.max_rows,
+        on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
+      )
+      rows = rollouts.region(rollout)
+    # Programs are started, then the host judges while the device computes.
+    with timers.phase("score"):
+      waiting = self._start_scores(index, rows)
+    with timers.phase("reward"):
+      judged = reward(rollout, prompts)
+      rollouts.check_reward(judged, rollout)
+    with timers.phase("score"):
+      old_logp, ref_logp, value_BT, gap = self._wait(rows, waiting)
+    with timers.phase("advantages"):
+      batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BT)
+    stats |= rollouts.rollout_metrics(rollout, judged) | gap
+    with timers.phase("update"):
+      updates = self._update(index, batch, tell)
+    trained = "ratio_mean" in updates
+    tokens = int(batch.loss_mask.sum()) * config.epochs
+    stats |= updates
+    stats["kl/coef"] = self.kl_coef
+    if config.kl_target:
+      self.kl_coef = float(
+        kl.adaptive_kl_coef(
+          self.kl_coef,
+          stats["kl/sequence"],
+          config.kl_target,
+          config.kl_horizon,
+          len(rollout.finished),
+        )
+      )
+    seconds = timers.pop()
+    stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
+    stats["update_tokens"] = tokens if trained else 0
+    return stats | seconds
+
+  def _start_scores(self, index: int, rows: Region):
+    config = self.config
+    policy, lora = self.trainee.adapted()
+    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
+    logp = functools.partial(
+      rollouts.start_logp, rows=rows, temperature=config.temperature,
+      max_tokens=config.max_tokens,
+    )  # fmt: skip
+    return (
+      logp(policy, lora=lora) if measure else None,
+      logp(self.reference),
+      rollouts.start_values(self.value_model(), rows, config.max_tokens),
+    )
+
+  def _wait(self, rows: Region, waiting):
+    """(old_logp, ref_logp [B, C], values [B, T], measured mismatch)."""
+    own, ref, value = waiting
+    old_logp, gap = rows.logp, {}
+    if own is not None:
+      trained = own()
+      gap = facts.mismatch(rows.logp, trained, rows.chosen)
+      if self.config.old_logp == "auto":
+        self.recompute = gap["mismatch/max"] > facts.AGREE
+      if self.recompute:
+        old_logp = trained
+    return old_logp, ref(), value(), gap
+
+  def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp, value_BT):
+    """The rows with their advantages, and the numbers that go with them."""
+    config = self.config
+    columns = rows.columns
+    mask_BC = rows.chosen & judged.judged[:, None]
+    if config.truncated == "mask":
+      mask_BC = mask_BC & rollout.finished[:, None]
+    score_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
+    if config.scale_rewards:
+      score_B = score_B / max(float(score_B[judged.judged].std()), 1e-6)
+    reward_BC = rollouts.final_rewards(score_B, rows.chosen)
+    if judged.step is not None:
+      reward_BC = reward_BC + judged.step[:, :columns]
+    bootstrap_B = np.zeros(len(score_B), np.float32)
+    if config.truncated == "bootstrap":
+      width = rows.mask.shape[1]
+      last = width - 1 - np.argmax(rows.mask[:, ::-1], axis=1)
+      after = np.take_along_axis(value_BT, last[:, None], axis=1)[:, 0]
+      bootstrap_B = np.where(rollout.finished, 0.0, after).astype(np.float32)
+    value_BC = np.where(rows.mask[:, -columns:], value_BT[:, -columns - 1 : -1], 0.0)
+    if self.begins_at_reference and not self.begun:
+      facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
+    found = estimate_advantages(
+      reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B,
+      np.float32(self.kl_coef), np.float32(config.gamma), np.float32(config.gae_lambda),
+      estimator=config.kl_estimator, whiten=config.whiten_advantages,
+    )  # fmt: skip
+    found = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
+    weighted = config.loss.importance_cap and self.recompute
+    batch = RLBatch(
+      tokens=rows.tokens,
+      mask=rows.mask,
+      loss_mask=mask_BC,
+      old_logp=old_logp,
+      behaviour_logp=rows.logp if weighted else None,
+      advantage=found.pop("advantage"),
+      returns=found.pop("returns"),
+      old_value=value_BC,
+    )
+    return batch, {name: float(x) for name, x in found.items()}
+
+  def _update(self, index: int, batch: RLBatch, tell) -> dict[str, float]:
+    config, means, critic = self.config, Means(), Means()
+    mesh = self.trainee.start.model.mesh
+    of = config.epochs * config.minibatches
+    if not batch.loss_mask.any():
+      log.warning("iteration %d: no row could be judged; nothing is updated", index)
+      return {}
+    done = 0
+    for epoch in range(config.epochs):
+      parts = rollouts.minibatches(
+        batch, config.minibatches, config.seed, index, epoch, mesh
+      )
+      for part in parts:
+        done += 1
+        if self.value_state is not None:
+          self.value_state, metrics = self.value_step(self.value_state, part)
+          critic.add(metrics)
+        if index >= config.critic_warmup or config.value == "shared":
+          trainee = self.trainee
+          trainee.state, metrics = self.step(
+            trainee.state, part, trainee.base, np.float32(config.temperature)
+          )
+          means.add(metrics)
+          if not self.begun:
+            facts.check_first_update(
+              metrics, config.compute_dtype, config.old_logp != "sampler"
+            )
+            self.begun = True
+        tell("train", {"step": done, "of": of})
+    stats = means.read()
+    stats |= {
+      name if name.startswith("value") else f"value/{name}": x
+      for name, x in critic.read().items()
+    }
+    for name in ("loss", "value/loss"):
+      if not np.isfinite(stats.get(name, 0.0)):
+        raise DivergenceError(
+          f"iteration {index}: {name} is {stats[name]}; lower the learning rate, or "
+          "look for what the reward gave"
+        )
+    return stats

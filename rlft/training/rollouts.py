@@ -1,0 +1,317 @@
+"""From prompts to an RL batch: what PPO and GRPO share outside their losses.
+
+Letters: B rows (prompts x samples), T tokens, P prompt columns, C completion columns,
+T = P + C.
+
+  prompts_of -> sample -> region -> score_rows -> (the algorithm's advantages) ->
+  minibatches
+
+Everything per token is [B, C], the completion's columns only: neither heads nor losses
+see the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.mesh import batch_shards
+from rlft.core.rng import Purpose
+from rlft.core.types import Example, Reward, Rollout
+from rlft.models.hub import Policy
+from rlft.models.scalar import ScalarModel, token_values
+from rlft.sampling.buckets import bucket
+from rlft.sampling.generate import generate
+from rlft.sampling.score import completion_logp
+from rlft.training.data import encode_prompts, place
+
+RewardOf = Callable[[Rollout, Sequence[Example]], Reward]
+
+
+@struct.dataclass
+class RLBatch:
+  """Rows of a rollout with what a policy or value loss needs; None where unused.
+
+  Attributes:
+    tokens, mask: [B, T], a left-padded prompt, then the completion.
+    loss_mask: bool [B, C], tokens that the policy chose, of rows that train.
+    old_logp: float32 [B, C], of the policy before this iteration's updates.
+    behaviour_logp: float32 [B, C], of the sampler.
+    ref_logp: float32 [B, C], of the reference.
+    advantage, returns, old_value: float32 [B, C].
+  """
+
+  tokens: Any
+  mask: Any
+  loss_mask: Any
+  old_logp: Any
+  advantage: Any
+  behaviour_logp: Any = None
+  ref_logp: Any = None
+  returns: Any = None
+  old_value: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """The rows of a rollout, trimmed to the columns that are used.
+
+  Attributes:
+    tokens, mask: [B, T].
+    chosen: bool [B, C], tokens that the policy chose.
+    logp: float32 [B, C], of the sampler, under temperature only.
+    columns: C.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  chosen: np.ndarray
+  logp: np.ndarray
+  columns: int
+
+
+def prompts_of(
+  examples: Sequence[Example], iteration: int, count: int, seed: int
+) -> list[Example]:
+  """The prompts of an iteration: each once an epoch, every epoch in another order.
+
+  A function of integers alone, so a resumed run goes on with the prompts that the
+  killed one would have taken. Epochs run into each other; where one iteration holds
+  the end of an epoch and the start of the next, no prompt is in it twice.
+
+  Args:
+    examples: the training prompts.
+    iteration: from 0.
+    count: prompts of an iteration, at most all of them.
+    seed: of the order.
+  """
+  size = len(examples)
+  if count > size:
+    raise ConfigError(
+      f"prompts_per_iteration={count}, but there are only {size} training prompts"
+    )
+  per_epoch = size // count  # what is left over waits for another epoch's order
+  epoch, at = divmod(iteration, per_epoch)
+  order = np.random.default_rng([seed, Purpose.SHUFFLE, epoch]).permutation(size)
+  return [examples[i] for i in order[at * count : (at + 1) * count]]
+
+
+def sample(
+  policy: Policy,
+  examples: Sequence[Example],
+  *,
+  samples: int,
+  temperature: float,
+  max_new_tokens: int,
+  seed: int,
+  step: int,
+  stop: Sequence[str] = (),
+  chat: bool = False,
+  max_rows: int = 128,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+  """Completions of the examples, under temperature only: the scored distribution."""
+  return generate(
+    policy,
+    encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat),
+    samples=samples,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    stop=stop,
+    seed=seed,
+    step=step,
+    prompt_ids=[e.id for e in examples],
+    purpose=Purpose.ROLLOUT,
+    max_rows=max_rows,
+    on_progress=on_progress,
+  )
+
+
+def region(rollout: Rollout) -> Region:
+  """Trims a rollout to the bucket of its longest completion."""
+  at = int(np.argmax(rollout.mask[0])) + int(rollout.prompt_lengths[0])  # P
+  total = rollout.tokens.shape[1]
+  columns = min(bucket(int(rollout.lengths.max())), total - at)
+  end = at + columns
+  return Region(
+    tokens=rollout.tokens[:, :end],
+    mask=rollout.mask[:, :end],
+    chosen=rollout.completion_mask[:, at:end],
+    logp=rollout.raw_logp[:, at:end],
+    columns=columns,
+  )
+
+
+def final_rewards(value_B: np.ndarray, chosen_BC: np.ndarray) -> np.ndarray:
+  """[B, C]: each row's value at its last chosen token; a row without one gets none."""
+  out_BC = np.zeros(chosen_BC.shape, np.float32)
+  rows = np.flatnonzero(chosen_BC.any(1))
+  last = chosen_BC.shape[1] - 1 - np.argmax(chosen_BC[rows, ::-1], axis=1)
+  out_BC[rows, last] = value_B[rows]
+  return out_BC
+
+
+# ------------------------------------------------------------------------ scoring
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames="columns")
+def _logp_block(model, params, lora, tokens, mask, temperature, *, columns):
+  return completion_logp(model, params, tokens, mask, columns, temperature, lora)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _value_block(model, params, tokens, mask):
+  return token_values(model, params, tokens, mask)
+
+
+def start_logp(
+  policy: Policy,
+  rows: Region,
+  temperature: float,
+  lora: dict | None = None,
+  max_tokens: int = 16384,
+) -> Callable[[], np.ndarray]:
+  """Starts the log-probs [B, C] of a rollout's completions on the device.
+
+  Returns:
+    A function that waits for them: the host can judge completions meanwhile.
+  """
+  run = lambda *block: _logp_block(
+    policy.model,
+    policy.params,
+    lora,
+    *block,
+    np.float32(temperature),
+    columns=rows.columns,
+  )
+  return _start(run, policy.model.mesh, rows, max_tokens)
+
+
+def start_values(
+  scalar: ScalarModel, rows: Region, max_tokens: int = 16384
+) -> Callable[[], np.ndarray]:
+  """Starts the values [B, T] after every token on the device; see `start_logp`."""
+  run = lambda *block: _value_block(scalar.model, scalar.params, *block)
+  return _start(run, scalar.model.mesh, rows, max_tokens)
+
+
+def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]:
+  """Runs a program on blocks of rows of one size, so that it is compiled once."""
+  count, width = rows.tokens.shape
+  shards = batch_shards(mesh)
+  size = min(count, max(1, max_tokens // width))
+  blocks = -(-count // size)
+  size = -(-count // blocks)  # even blocks: less padding in the last one
+  size = -(-size // shards) * shards
+  out = []
+  for start in range(0, count, size):
+    block = rows.tokens[start : start + size], rows.mask[start : start + size]
+    short = size - len(block[0])
+    if short:
+      block = tuple(np.pad(x, ((0, short), (0, 0)), mode="edge") for x in block)
+    out.append(run(*place(block, mesh)))
+  return lambda: np.concatenate([np.asarray(x) for x in out])[:count]
+
+
+# ------------------------------------------------------------------------ updates
+
+
+def minibatches(
+  batch: RLBatch, count: int, seed: int, iteration: int, epoch: int, mesh: Any
+) -> Iterator[RLBatch]:
+  """One epoch in `count` parts, every row exactly once, in an order of its own."""
+  rows = batch.tokens.shape[0]
+  order = np.random.default_rng([seed, Purpose.SHUFFLE, iteration, epoch]).permutation(
+    rows
+  )
+  for part in np.split(order, count):
+    yield place(jax.tree.map(lambda x, part=part: x[part], batch), mesh)
+
+
+def check_rows(
+  prompts: int, samples: int, minibatch_count: int, micro_batches: int, mesh: Any
+) -> None:
+  """Raises `ConfigError` when an iteration's rows cannot be divided."""
+  rows, shards = prompts * samples, batch_shards(mesh)
+  need = minibatch_count * micro_batches * shards
+  if rows % need:
+    raise ConfigError(
+      f"prompts_per_iteration x samples_per_prompt = {prompts} x {samples} = {rows} "
+      f"rows must be a multiple of minibatches x micro_batches x batch shards = "
+      f"{minibatch_count} x {micro_batches} x {shards} = {need}"
+    )
+
+
+# ------------------------------------------------------------------------ numbers
+
+
+def check_reward(reward: Reward, rollout: Rollout) -> None:
+  """Raises when a reward does not fit its rollout, or nothing could be judged."""
+  rows = len(rollout.finished)
+  if reward.value.shape != (rows,) or reward.judged.shape != (rows,):
+    raise DataError(
+      f"the reward has shapes {reward.value.shape} and {reward.judged.shape} for "
+      f"{rows} rows"
+    )
+  if not np.isfinite(reward.value[reward.judged]).all():
+    row = int(np.flatnonzero(reward.judged & ~np.isfinite(reward.value))[0])
+    raise DataError(
+      f"the reward of row {row} (prompt {rollout.prompt_ids[row]}) is "
+      f"{reward.value[row]}: rewards are finite, None where there is no judgement"
+    )
+
+
+def rollout_metrics(rollout: Rollout, reward: Reward) -> dict[str, float]:
+  """What people look at in a rollout; every mean is over what it is a mean of."""
+  judged = reward.judged
+  values = reward.value[judged]
+  out = {
+    "reward/mean": float(values.mean()) if values.size else 0.0,
+    "reward/std": float(values.std()) if values.size else 0.0,
+    "reward/judged": float(judged.mean()),
+  }
+  for name, each in reward.each.items():
+    known = each[~np.isnan(each)]
+    out[f"reward/{name}/mean"] = float(known.mean()) if known.size else 0.0
+    out[f"reward/{name}/std"] = float(known.std()) if known.size else 0.0
+  texts = rollout.completions
+  keys = list(zip(rollout.prompt_ids.tolist(), texts))
+  out |= {
+    "completion/length_mean": float(rollout.lengths.mean()),
+    "completion/length_max": float(rollout.lengths.max()),
+    "completion/truncated": float(1 - rollout.finished.mean()),
+    "completion/ended": float(rollout.finished.mean()),
+    "completion/unique": len(set(keys)) / len(keys),
+    "rollout/tokens_per_second": rollout.stats["tokens_per_second"],
+  }
+  return out
+
+
+class Means:
+  """Metrics of an iteration's updates: means, and the largest of what ends in "_max".
+
+  Reading a metric waits for its update, so they are kept as they are until `read`.
+  """
+
+  def __init__(self):
+    self._all: list[Mapping[str, Any]] = []
+
+  def add(self, metrics: Mapping[str, Any]) -> None:
+    self._all.append(metrics)
+
+  def read(self) -> dict[str, float]:
+    """One number for each metric."""
+    each = jax.device_get(self._all)
+    names = dict.fromkeys(name for one in each for name in one)
+    out = {}
+    for name in names:
+      values = [float(one[name]) for one in each if name in one]
+      out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    return out

@@ -1,0 +1,368 @@
+"""PPO: the exact optimum where it is known, first-step facts, what is logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlft.algorithms import ppo
+from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.types import Example, Reward
+from rlft.models import scalar
+from rlft.models.decoder import Decoder, DecoderConfig, init_params
+from rlft.models.hub import Policy
+from rlft.models.lora import LoRAConfig
+from rlft.sampling.score import score
+from rlft.training import rollouts
+from rlft.training.optimizer import OptimizerConfig
+
+EOS, A, B = 0, 1, 2
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Policy:
+  """Three tokens: end, a, b. Its distribution is far from uniform."""
+  vocab = {"<eos>": EOS, "a": A, "b": B}
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="b"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+    tokenizers.Regex("[ab]"), behavior="isolated"
+  )
+  tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+  config = DecoderConfig(
+    vocab_size=3,
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=32,
+    max_positions=16,
+    tie_embeddings=False,
+    positions="learned",  # with rotary ones "a" and "aa" are the same state
+  )
+  model = Decoder(config)
+  params = init_params(model, jax.random.key(0))
+  params["head"] = params["head"] * 10
+  return Policy(model=model, params=params, tokenizer=tokenizer, config=config)
+
+
+def paying(worth):
+  """A reward that looks at the sampled tokens: worth(tuple of ids) -> number."""
+
+  def reward(rollout, examples):
+    rows = [
+      tuple(row[mask].tolist())
+      for row, mask in zip(rollout.tokens, rollout.completion_mask)
+    ]
+    value = np.array([worth(ids) for ids in rows], np.float32)
+    return Reward(value=value, judged=np.ones(len(value), bool))
+
+  return reward
+
+
+def sequences(length):
+  """Every completion of at most `length` tokens: ended by EOS, or cut."""
+  for n in range(1, length + 1):
+    for body in itertools.product((A, B), repeat=n - 1):
+      yield (*body, EOS)
+  yield from itertools.product((A, B), repeat=length)
+
+
+def probabilities(policy, length):
+  """Of every completion of the prompt "a"."""
+  every = list(sequences(length))
+  tokens = np.zeros((len(every), 1 + length), np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for i, ids in enumerate(every):
+    tokens[i, : 1 + len(ids)] = (A, *ids)
+    mask[i, : 1 + len(ids)] = True
+  p = np.exp(score(policy, tokens, mask).sum(1))
+  assert abs(p.sum() - 1) < 1e-4
+  return dict(zip(every, p))
+
+
+def optimum(start, worth, beta):
+  """pi* of a KL-regularised reward: pi_ref exp(r / beta) / Z."""
+  p = {ids: q * np.exp(worth(ids) / beta) for ids, q in start.items()}
+  return {ids: q / sum(p.values()) for ids, q in p.items()}
+
+
+def total_variation(p, q):
+  return 0.5 * sum(abs(p[ids] - q[ids]) for ids in p)
+
+
+def settings(**changes):
+  rate = lambda x: OptimizerConfig(
+    learning_rate=x, schedule="linear", eps=1e-5, b2=0.99
+  )
+  defaults = {
+    "optimizer": rate(1e-2),
+    "value_optimizer": rate(1e-2),
+    "iterations": 30,
+    "prompts_per_iteration": 1,
+    "samples_per_prompt": 256,
+    "max_new_tokens": 1,
+    "epochs": 2,
+    "minibatches": 2,
+    "gae_lambda": 1.0,
+    "kl_coef": 0.5,
+    "max_rows": 256,
+  }
+  return ppo.PPOConfig(**(defaults | changes))
+
+
+PROMPT = [Example(0, "a", "", "")]
+WORTH = {EOS: 0.0, A: 0.6, B: 1.0}.__getitem__
+
+
+def test_three_armed_bandit_reaches_the_regularised_optimum(tiny):
+  worth = lambda ids: WORTH(ids[0])
+  start = probabilities(tiny, 1)
+  goal = optimum(start, worth, 0.5)
+  assert total_variation(start, goal) > 0.2  # else standing still would pass
+  result = ppo.run(tiny, PROMPT, paying(worth), settings())
+  found = probabilities(result.policy, 1)
+  assert total_variation(found, goal) < 0.02
+  assert result.sampled_solutions == 30 * 256
+  kl = sum(p * np.log(p / start[ids]) for ids, p in found.items())
+  assert result.iterations[-1]["kl/sequence"] == pytest.approx(kl, abs=0.05)
+
+
+@pytest.mark.slow
+def test_two_tokens_reach_the_regularised_optimum(tiny):
+  """Credit over two tokens, rows that end early, and the KL of whole sequences."""
+  value = {(EOS,): 0.3, (A, EOS): 0.0, (A, A): 1.0, (A, B): 0.0}
+  value |= {(B, EOS): 0.8, (B, A): 0.0, (B, B): 0.4}
+  worth = value.__getitem__
+  start = probabilities(tiny, 2)
+  goal = optimum(start, worth, 0.4)
+  assert total_variation(start, goal) > 0.2
+  config = settings(
+    iterations=25, samples_per_prompt=512, max_new_tokens=2, kl_coef=0.4, max_rows=512
+  )
+  result = ppo.run(tiny, PROMPT, paying(worth), config)
+  assert total_variation(probabilities(result.policy, 2), goal) < 0.02
+
+
+# ---------------------------------------------------------------- one iteration
+
+TOY = {
+  "iterations": 1,
+  "samples_per_prompt": 8,
+  "max_new_tokens": 4,
+  "epochs": 1,
+  "minibatches": 1,
+}
+PAY = paying(lambda ids: len(ids) + 0.25 * ids.count(A))
+
+
+def one(tiny, reward=PAY, critic=None, **changes):
+  return ppo.run(tiny, PROMPT, reward, settings(**(TOY | changes)), value=critic)
+
+
+def test_first_update_has_ratio_one_and_the_second_epoch_has_not(tiny):
+  first = one(tiny, epochs=1).iterations[0]
+  assert first["ratio_max"] == pytest.approx(1, abs=1e-5)
+  assert first["clip_fraction"] == 0
+  assert first["kl/sequence"] == pytest.approx(0, abs=1e-5)
+  second = one(tiny, epochs=2).iterations[0]
+  assert second["ratio_max"] > 1.05 and second["clip_fraction"] > 0
+
+
+@pytest.mark.parametrize("old_logp", ["auto", "recompute", "sampler"])
+def test_a_loss_that_does_not_score_what_was_sampled(
+  tiny, old_logp, monkeypatch, caplog
+):
+  """Another temperature in the loss than in the sampler."""
+  right = ppo.hidden_logp
+  wrong = lambda *args: right(*args[:-1], np.float32(3.0))
+  monkeypatch.setattr(ppo, "hidden_logp", wrong)
+  ppo.make_policy_step.cache_clear()
+  try:
+    if old_logp == "sampler":  # never measured: it is said, and training goes on
+      one(tiny, old_logp=old_logp)
+      assert "no update has been made" in caplog.text
+    else:
+      with pytest.raises(DivergenceError, match="no update has been made"):
+        one(tiny, old_logp=old_logp)
+  finally:
+    ppo.make_policy_step.cache_clear()
+
+
+def test_a_reference_that_is_not_the_start_is_noticed(tiny, monkeypatch):
+  right = rollouts.start_logp
+
+  def wrong(policy, rows, temperature, **kwargs):
+    return right(policy, rows, 2 * temperature, **kwargs)
+
+  monkeypatch.setattr(rollouts, "start_logp", wrong)
+  with pytest.raises(DivergenceError, match="the same model"):
+    one(tiny, old_logp="sampler")
+
+
+LOGGED = """
+reward/mean reward/std reward/judged kl/sequence kl/token kl/coef approx_kl
+entropy clip_fraction ratio_mean ratio_max value/explained_variance
+advantage/mean advantage/std completion/length_mean completion/length_max
+completion/truncated completion/ended completion/unique mismatch/max
+mismatch/token_mult_prob_error grad_norm learning_rate rollout/tokens_per_second
+update/tokens_per_second sampled_solutions policy_loss value_loss
+value_clip_fraction time/rollout time/reward time/score time/update
+"""
+
+
+def test_every_number_that_people_look_at_is_logged(tiny):
+  stats = one(tiny, epochs=2, minibatches=2).iterations[0]
+  due = set(LOGGED.split())
+  assert not due - set(stats)
+  assert all(np.isfinite(x) for x in stats.values())
+  assert stats["mismatch/max"] < 1e-4
+  assert 0 < stats["entropy"] < np.log(3)
+
+
+def leaves(policy):
+  return jax.tree.leaves(policy.params)
+
+
+def largest_change(a, b):
+  return max(float(np.abs(x - y).max()) for x, y in zip(leaves(a), leaves(b)))
+
+
+def test_micro_batches_change_nothing(tiny):
+  whole = one(tiny, epochs=2, minibatches=2)
+  parts = one(tiny, epochs=2, minibatches=2, micro_batches=4)
+  assert largest_change(whole.policy, parts.policy) < 1e-5
+  assert largest_change(whole.policy, tiny) > 1e-2
+  for name in ("ratio_max", "entropy", "approx_kl", "value_loss", "grad_norm"):
+    ours, theirs = whole.iterations[0][name], parts.iterations[0][name]
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6), name
+
+
+def test_rows_without_judgement_teach_nothing(tiny):
+  """Their tokens are in no loss, whitening or statistic."""
+
+  def partly(rollout, examples):
+    full = PAY(rollout, examples)
+    judged = np.arange(len(full.value)) % 2 == 0
+    return Reward(value=np.where(judged, full.value, 1e6), judged=judged)
+
+  stats = one(tiny, reward=partly).iterations[0]
+  assert stats["reward/judged"] == 0.5 and stats["reward/mean"] < 10
+  assert stats["advantage/std"] < 100
+
+  nothing = lambda rollout, examples: Reward(
+    value=np.zeros(8, np.float32), judged=np.zeros(8, bool)
+  )
+  result = one(tiny, reward=nothing)
+  assert largest_change(result.policy, tiny) == 0
+
+
+def test_what_is_cut_can_be_left_out_or_bootstrapped(tiny):
+  plain, masked = one(tiny), one(tiny, truncated="mask")
+  assert 0 < plain.iterations[0]["completion/truncated"] < 1
+  assert masked.update_tokens < plain.update_tokens
+  value = scalar.init_scalar(tiny)
+  value = dataclasses.replace(
+    value, params=value.params | {"head": {"kernel": value.params["head"]["kernel"],
+                                           "bias": np.float32(5)}}
+  )  # fmt: skip
+  cut = one(tiny, critic=value).iterations[0]
+  more = one(tiny, critic=value, truncated="bootstrap").iterations[0]
+  assert more["advantage/mean"] > cut["advantage/mean"] + 0.5
+
+
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_lora_leaves_the_base_alone(tiny, value):
+  before = [np.array(x) for x in leaves(tiny)]
+  config = {"lora": LoRAConfig(rank=2, targets=("attention/q", "mlp/up")), "epochs": 2}
+  result = one(tiny, value=value, **config)
+  for x, y in zip(before, leaves(tiny)):
+    np.testing.assert_array_equal(x, y)
+  moved = {
+    "/".join(p.key for p in path)
+    for (path, x), y in zip(
+      jax.tree_util.tree_leaves_with_path(result.policy.params), leaves(tiny)
+    )
+    if not np.array_equal(x, y)
+  }
+  assert moved == {"layers/attention/q/kernel", "layers/mlp/up/kernel"}
+  assert result.iterations[0]["ratio_max"] > 1
+
+
+def test_a_shared_trunk_learns_values(tiny):
+  loss = ppo.PPOLoss(value_coef=1.0, value_clip=0.0)
+  result = one(
+    tiny, value="shared", iterations=6, epochs=4, samples_per_prompt=64, loss=loss
+  )
+  first, last = result.iterations[0], result.iterations[-1]
+  assert last["value_loss"] < 0.5 * first["value_loss"]
+  assert result.value is None
+
+
+def test_critic_warmup_moves_the_value_model_only(tiny):
+  result = one(tiny, critic_warmup=1, epochs=2)
+  assert largest_change(result.policy, tiny) == 0
+  assert result.update_tokens == 0
+  assert np.abs(result.value.params["head"]["kernel"]).max() > 0
+
+
+def test_the_controller_holds_the_kl(tiny):
+  config = {
+    "iterations": 3,
+    "samples_per_prompt": 64,
+    "kl_target": 0.01,
+    "kl_horizon": 64,
+  }
+  stats = one(tiny, **config).iterations
+  assert stats[0]["kl/coef"] == 0.5 and stats[1]["kl/coef"] == pytest.approx(0.4)
+  assert stats[1]["kl/sequence"] > 0.012 and stats[2]["kl/coef"] > stats[1]["kl/coef"]
+
+
+def test_step_rewards_are_paid_where_they_fall(tiny):
+  def dense(rollout, examples):
+    plain = PAY(rollout, examples)
+    prompt = 1 + int(np.argmax(rollout.mask[0]))
+    step = np.zeros((len(plain.value), rollout.mask.shape[1] - prompt), np.float32)
+    step[:, 0] = 3.0
+    return dataclasses.replace(plain, step=step)
+
+  sparse = one(tiny).iterations[0]["reward/with_kl"]
+  assert one(tiny, reward=dense).iterations[0]["reward/with_kl"] == pytest.approx(
+    sparse + 3, abs=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"minibatches": 3}, "multiple of minibatches"),
+    ({"prompts_per_iteration": 2}, "only 1 training prompts"),
+    ({"temperature": 0.0}, "must be positive"),
+    ({"kl_coef": 0.0, "kl_target": 1.0}, "start above 0"),
+    ({"value": "shared", "loss": ppo.PPOLoss(aggregate="sequence")}, "separate"),
+    ({"old_logp": "guess"}, "choose one of"),
+    ({"gamma": 1.5}, "from 0 to 1"),
+  ],
+)
+def test_settings_that_cannot_be(tiny, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    one(tiny, **changes)
+
+
+def test_rewards_that_do_not_fit(tiny):
+  short = lambda rollout, examples: Reward(np.zeros(3, np.float32), np.ones(3, bool))
+  nan = lambda rollout, examples: Reward(
+    np.full(8, np.nan, np.float32), np.ones(8, bool)
+  )
+  with pytest.raises(DataError, match="8 rows"):
+    one(tiny, reward=short)
+  with pytest.raises(DataError, match="prompt 0"):
+    one(tiny, reward=nan)
+  with pytest.raises(DataError, match="no training prompts"):
+    ppo.run(tiny, [], PAY, settings())
