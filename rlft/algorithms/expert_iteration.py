@@ -34,7 +34,8 @@ from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
-from rlft.rewards.verifiable import Judge, call_reward, judge_all, verdict_reward
+from rlft.rewards.contract import call_reward
+from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
 
@@ -257,7 +258,7 @@ def run(
     base: the pretrained checkpoint that `start="base"` trains; `policy` when None (a
       run without SFT).
     sft_rows: (prompt, completion) texts, mixed in when `config.mix_sft`.
-    reward: a reward function (see `rewards.verifiable`); by default 1 for what
+    reward: a reward function (see `rewards.contract`); by default 1 for what
       `config.accept` accepts, else 0.
     dev_score: of a policy, larger is better; chooses the round that is returned.
     on_event: called with ("sample" | "train" | "round", values) for progress.
@@ -297,8 +298,7 @@ def run(
     if reward is None:
       rewards = [verdict_reward(v, config.accept) for v in verdicts]
     else:
-      ids = [_completion_ids(rollout, row) for row in range(len(verdicts))]
-      rewards = call_reward(reward, rollout.completions, ids, examples)
+      rewards = call_reward(reward, rollout, examples)
     found = collect(
       rollout, verdicts, rewards, config.threshold, index, current.eos_ids
     )

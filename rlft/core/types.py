@@ -101,6 +101,8 @@ class Reward:
     each: for each reward function, by name, its own values before weighting, float32
       [B], NaN where it did not judge.
     seconds: wall clock of judging.
+    counts: rows by what befell them, for the logs: "not_judged", "failed" (of those
+      "timeouts" and "crashes"), "truncated".
   """
 
   value: np.ndarray
@@ -108,3 +110,4 @@ class Reward:
   step: np.ndarray | None = None
   each: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   seconds: float = 0.0
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -381,7 +381,7 @@ def test_reward_function_of_ones_own(lab):
   """Its values decide, not the judge's."""
   lab.say = lambda step, text: "wrong"
 
-  def by_prompt(*, prompts, completions, completion_ids, answer, solution):
+  def by_prompt(*, prompts, completion_ids, answer, **columns):
     assert len(completion_ids) == len(prompts) and completion_ids[0][-1] == EOS
     return [None if a == "7" else 0.7 for a in answer]
 
@@ -398,7 +398,7 @@ def test_reward_function_that_breaks_its_contract(lab):
   def rude(**_):
     raise OSError("gone")
 
-  with pytest.raises(ConfigError, match=r"short returned 1 values for 6"):
+  with pytest.raises(RewardError, match=r"short returned 1 values for 6"):
     lab.run(reward=short)
   with pytest.raises(RewardError, match=r"rude raised OSError"):
     lab.run(reward=rude)
