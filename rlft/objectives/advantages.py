@@ -147,8 +147,7 @@ def group_advantage(
       " learned; sample at least 2 a prompt, or use baseline 'batch'."
     )
   judged_GK = judged_B.reshape(-1, group_size)
-  reward_GK = jnp.where(judged_B, reward_B, 0.0).astype(jnp.float32)
-  reward_GK = reward_GK.reshape(judged_GK.shape)
+  reward_GK = jnp.asarray(reward_B, jnp.float32).reshape(judged_GK.shape)
   group_mean_G1, group_std_G1, equal_G1 = _moments(reward_GK, judged_GK, axis=1)
   mean_11, std_11, equal_11 = _moments(reward_GK, judged_GK, axis=(0, 1))
 
@@ -157,7 +156,8 @@ def group_advantage(
   elif baseline == "batch":
     advantage_GK = reward_GK - mean_11
   else:
-    advantage_GK = reward_GK - group_mean_G1
+    # Exactly 0 where all are equal: Adam would blow up what rounding leaves.
+    advantage_GK = jnp.where(equal_G1, 0.0, reward_GK - group_mean_G1)
   if baseline == "leave_one_out":
     # r_i - mean of the others = n / (n - 1) (r_i - mean of all); alone it is 0.
     n_G1 = jnp.sum(judged_GK, axis=1, keepdims=True, dtype=jnp.float32)
