@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from rlft.models.hub import Policy
 from rlft.objectives.supervised import cross_entropy
 from rlft.sampling.score import token_logp
 from rlft.training.data import (
+  TokenRow,
   TrainBatch,
   batches,
   completion_end,
@@ -33,6 +35,8 @@ from rlft.training.data import (
 )
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.step import Sums, init_state, make_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,7 @@ def check(policy: Policy, config: SFTConfig) -> None:
 
 def train(
   policy: Policy,
-  rows: Sequence[tuple[str, str | Sequence[int]]],
+  rows: Sequence[tuple[str, str | Sequence[int]]] | Sequence[TokenRow],
   config: SFTConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> SFTResult:
@@ -157,7 +161,8 @@ def train(
 
   Args:
     policy: where to start; its parameters are not changed.
-    rows: texts; a completion may also be the token ids that were sampled.
+    rows: texts; a completion may also be the token ids that were sampled. Or rows that
+      are encoded and have their weights, whatever `loss_on` says.
     config: see `SFTConfig`.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
@@ -174,14 +179,7 @@ def train(
     dtype=jax.numpy.dtype(config.compute_dtype), remat=config.remat
   )
   limit = min(config.max_length, model.config.max_positions)
-  encoded = encode_rows(
-    policy.tokenizer,
-    completion_end(policy.tokenizer, policy.eos_ids, config.chat),
-    rows,
-    max_length=limit,
-    chat=config.chat,
-    loss_on=config.loss_on,
-  )
+  encoded = _encode(policy, rows, config, limit)
   per_epoch = sum(sum(row.weight) for row in encoded)
   if not per_epoch:
     raise DataError("no token is in the loss: each row is one token long")
@@ -221,3 +219,27 @@ def train(
   trained = dataclasses.replace(policy, params=state.params)
   seconds = time.perf_counter() - began
   return SFTResult(trained, losses, len(losses), tokens, seconds)
+
+
+def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRow]:
+  if not rows or not isinstance(rows[0], TokenRow):
+    return encode_rows(
+      policy.tokenizer,
+      completion_end(policy.tokenizer, policy.eos_ids, config.chat),
+      rows,
+      max_length=limit,
+      chat=config.chat,
+      loss_on=config.loss_on,
+    )
+  fitting = [row for row in rows if len(row.tokens) <= limit]
+  if not fitting:
+    raise DataError(f"all {len(rows)} rows are longer than max_length={limit} tokens")
+  if len(fitting) < len(rows):
+    dropped = len(rows) - len(fitting)
+    log.warning(
+      "%d of %d training rows are longer than max_length=%d tokens and were dropped",
+      dropped,
+      len(rows),
+      limit,
+    )
+  return fitting

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlft.core.errors import ConfigError
 from rlft.core.rng import Purpose, check_seed
-from rlft.core.types import Example, Verdict
+from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
 from rlft.probes import reasoning
 from rlft.rewards.verifiable import Judge, judge_all
@@ -82,6 +82,7 @@ def evaluate(
   config: EvalConfig,
   *,
   known_chains: Mapping[int, Collection[reasoning.Chain]] | None = None,
+  sampler: Callable[..., Rollout] = generate,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
   """Evaluates a policy: greedy@1, maj@k, pass@k, chains, luck.
@@ -92,6 +93,7 @@ def evaluate(
     judge: the task's.
     config: see `EvalConfig`. Two policies evaluated under one seed see the same noise.
     known_chains: chains that are not novel, see `probes.reasoning.report`.
+    sampler: called as `generate` is; of a policy that is conditioned, say.
     on_progress: called with (prompts done, prompts to do); each counts twice.
 
   Returns:
@@ -104,7 +106,7 @@ def evaluate(
 
   def sample(samples: int, temperature: float, before: int):
     tell = on_progress or (lambda done, of: None)
-    return generate(
+    return sampler(
       policy,
       prompts,
       samples=samples,
