@@ -26,7 +26,7 @@ MULT_PROB_ERROR = 1.05
 
 
 def check_reference(old_logp_BC, ref_logp_BC, mask_BC, dtype: str) -> None:
-  """Raises `DivergenceError` where a policy is not the reference that it starts from."""
+  """Raises `DivergenceError` where a policy is not the reference it starts from."""
   apart = np.abs(np.where(mask_BC, old_logp_BC - ref_logp_BC, 0.0)).max(initial=0.0)
   if not apart <= TOLERANCE[dtype]:
     raise DivergenceError(
@@ -81,7 +81,7 @@ def mismatch(sampler_BC, trainer_BC, mask_BC) -> dict[str, float]:
   if error > MULT_PROB_ERROR:
     log.warning(
       "sampler and trainer disagree: token_mult_prob_error is %.3f. Use "
-      "old_logp='recompute', and loss.importance_cap=2 for truncated importance weights",
+      "old_logp='recompute', and loss.importance_cap=2 to weight them by importance",
       error,
     )
   return {

@@ -134,9 +134,14 @@ def sample(
   )
 
 
+def prompt_columns(rollout: Rollout) -> int:
+  """P: where the completion region starts."""
+  return int(np.argmax(rollout.mask[0])) + int(rollout.prompt_lengths[0])
+
+
 def region(rollout: Rollout) -> Region:
   """Trims a rollout to the bucket of its longest completion."""
-  at = int(np.argmax(rollout.mask[0])) + int(rollout.prompt_lengths[0])  # P
+  at = prompt_columns(rollout)
   total = rollout.tokens.shape[1]
   columns = min(bucket(int(rollout.lengths.max())), total - at)
   end = at + columns
@@ -156,6 +161,66 @@ def final_rewards(value_B: np.ndarray, chosen_BC: np.ndarray) -> np.ndarray:
   last = chosen_BC.shape[1] - 1 - np.argmax(chosen_BC[rows, ::-1], axis=1)
   out_BC[rows, last] = value_B[rows]
   return out_BC
+
+
+def with_steps_added(reward: Reward, rollout: Rollout) -> Reward:
+  """A checked reward whose steps are added to the value of their row."""
+  check_reward(reward, rollout)
+  if reward.step is None:
+    return reward
+  value_B = reward.value + reward.step.sum(1)
+  return dataclasses.replace(reward, value=value_B.astype(np.float32), step=None)
+
+
+def join_groups(
+  groups: Sequence[tuple[Rollout, Reward, int]], size: int
+) -> tuple[Rollout, Reward]:
+  """One rollout of groups out of several: (rollout, its reward, index of the group).
+
+  Prompts are padded to the longest on the left, completions on the right.
+  """
+  at = [prompt_columns(rollout) for rollout, _, _ in groups]
+  after = [r.tokens.shape[1] - p for (r, _, _), p in zip(groups, at)]
+  left, right = max(at), max(after)
+  rows = [slice(g * size, (g + 1) * size) for _, _, g in groups]
+
+  def wide(name):
+    parts = []
+    for (rollout, _, _), own, columns, row in zip(groups, at, after, rows):
+      grow = ((0, 0), (left - own, right - columns))
+      parts.append(np.pad(getattr(rollout, name)[row], grow))
+    return np.concatenate(parts)
+
+  plain = lambda name: np.concatenate(
+    [getattr(rollout, name)[row] for (rollout, _, _), row in zip(groups, rows)]
+  )
+  first = groups[0][0]
+  rollout = dataclasses.replace(
+    first,
+    **{
+      name: wide(name)
+      for name in ("tokens", "mask", "completion_mask", "logp", "raw_logp")
+    },
+    **{
+      name: plain(name)
+      for name in ("finished", "prompt_lengths", "lengths", "prompt_ids")
+    },
+    completions=[
+      text for (r, _, _), row in zip(groups, rows) for text in r.completions[row]
+    ],
+  )
+  judged = lambda pick: np.concatenate(
+    [pick(reward)[row] for (_, reward, _), row in zip(groups, rows)]
+  )
+  reward = Reward(
+    value=judged(lambda r: r.value),
+    judged=judged(lambda r: r.judged),
+    each={
+      name: judged(lambda r, name=name: r.each[name]) for name in groups[0][1].each
+    },
+    seconds=sum({id(r): r.seconds for _, r, _ in groups}.values()),
+  )
+  return rollout, reward
 
 
 # ------------------------------------------------------------------------ scoring

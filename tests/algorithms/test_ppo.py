@@ -3,98 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from rlft.algorithms import ppo
 from rlft.core.errors import ConfigError, DataError, DivergenceError
 from rlft.core.types import Example, Reward
 from rlft.models import scalar
-from rlft.models.decoder import Decoder, DecoderConfig, init_params
-from rlft.models.hub import Policy
 from rlft.models.lora import LoRAConfig
-from rlft.sampling.score import score
 from rlft.training import rollouts
 from rlft.training.optimizer import OptimizerConfig
 
 EOS, A, B = 0, 1, 2
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Policy:
-  """Three tokens: end, a, b. Its distribution is far from uniform."""
-  vocab = {"<eos>": EOS, "a": A, "b": B}
-  core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="b"))
-  core.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-    tokenizers.Regex("[ab]"), behavior="isolated"
-  )
-  tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
-  config = DecoderConfig(
-    vocab_size=3,
-    width=16,
-    layers=1,
-    heads=2,
-    kv_heads=2,
-    head_dim=8,
-    mlp_width=32,
-    max_positions=16,
-    tie_embeddings=False,
-    positions="learned",  # with rotary ones "a" and "aa" are the same state
-  )
-  model = Decoder(config)
-  params = init_params(model, jax.random.key(0))
-  params["head"] = params["head"] * 10
-  return Policy(model=model, params=params, tokenizer=tokenizer, config=config)
-
-
-def paying(worth):
-  """A reward that looks at the sampled tokens: worth(tuple of ids) -> number."""
-
-  def reward(rollout, examples):
-    rows = [
-      tuple(row[mask].tolist())
-      for row, mask in zip(rollout.tokens, rollout.completion_mask)
-    ]
-    value = np.array([worth(ids) for ids in rows], np.float32)
-    return Reward(value=value, judged=np.ones(len(value), bool))
-
-  return reward
-
-
-def sequences(length):
-  """Every completion of at most `length` tokens: ended by EOS, or cut."""
-  for n in range(1, length + 1):
-    for body in itertools.product((A, B), repeat=n - 1):
-      yield (*body, EOS)
-  yield from itertools.product((A, B), repeat=length)
-
-
-def probabilities(policy, length):
-  """Of every completion of the prompt "a"."""
-  every = list(sequences(length))
-  tokens = np.zeros((len(every), 1 + length), np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for i, ids in enumerate(every):
-    tokens[i, : 1 + len(ids)] = (A, *ids)
-    mask[i, : 1 + len(ids)] = True
-  p = np.exp(score(policy, tokens, mask).sum(1))
-  assert abs(p.sum() - 1) < 1e-4
-  return dict(zip(every, p))
-
-
-def optimum(start, worth, beta):
-  """pi* of a KL-regularised reward: pi_ref exp(r / beta) / Z."""
-  p = {ids: q * np.exp(worth(ids) / beta) for ids, q in start.items()}
-  return {ids: q / sum(p.values()) for ids, q in p.items()}
-
-
-def total_variation(p, q):
-  return 0.5 * sum(abs(p[ids] - q[ids]) for ids in p)
 
 
 def settings(**changes):
@@ -106,13 +28,13 @@ def settings(**changes):
     "value_optimizer": rate(1e-2),
     "iterations": 30,
     "prompts_per_iteration": 1,
-    "samples_per_prompt": 256,
+    "samples_per_prompt": 512,
     "max_new_tokens": 1,
     "epochs": 2,
     "minibatches": 2,
     "gae_lambda": 1.0,
     "kl_coef": 0.5,
-    "max_rows": 256,
+    "max_rows": 512,
   }
   return ppo.PPOConfig(**(defaults | changes))
 
@@ -121,33 +43,33 @@ PROMPT = [Example(0, "a", "", "")]
 WORTH = {EOS: 0.0, A: 0.6, B: 1.0}.__getitem__
 
 
-def test_three_armed_bandit_reaches_the_regularised_optimum(tiny):
+def test_three_armed_bandit_reaches_the_regularised_optimum(tiny, toy):
   worth = lambda ids: WORTH(ids[0])
-  start = probabilities(tiny, 1)
-  goal = optimum(start, worth, 0.5)
-  assert total_variation(start, goal) > 0.2  # else standing still would pass
-  result = ppo.run(tiny, PROMPT, paying(worth), settings())
-  found = probabilities(result.policy, 1)
-  assert total_variation(found, goal) < 0.02
-  assert result.sampled_solutions == 30 * 256
+  start = toy.probabilities(tiny, 1)
+  goal = toy.optimum(start, worth, 0.5)
+  assert toy.total_variation(start, goal) > 0.2  # else standing still would pass
+  result = ppo.run(tiny, PROMPT, toy.paying(worth), settings())
+  found = toy.probabilities(result.policy, 1)
+  assert toy.total_variation(found, goal) < 0.02
+  assert result.sampled_solutions == 30 * 512
   kl = sum(p * np.log(p / start[ids]) for ids, p in found.items())
   assert result.iterations[-1]["kl/sequence"] == pytest.approx(kl, abs=0.05)
 
 
 @pytest.mark.slow
-def test_two_tokens_reach_the_regularised_optimum(tiny):
+def test_two_tokens_reach_the_regularised_optimum(tiny, toy):
   """Credit over two tokens, rows that end early, and the KL of whole sequences."""
   value = {(EOS,): 0.3, (A, EOS): 0.0, (A, A): 1.0, (A, B): 0.0}
   value |= {(B, EOS): 0.8, (B, A): 0.0, (B, B): 0.4}
   worth = value.__getitem__
-  start = probabilities(tiny, 2)
-  goal = optimum(start, worth, 0.4)
-  assert total_variation(start, goal) > 0.2
+  start = toy.probabilities(tiny, 2)
+  goal = toy.optimum(start, worth, 0.4)
+  assert toy.total_variation(start, goal) > 0.2
   config = settings(
     iterations=25, samples_per_prompt=512, max_new_tokens=2, kl_coef=0.4, max_rows=512
   )
-  result = ppo.run(tiny, PROMPT, paying(worth), config)
-  assert total_variation(probabilities(result.policy, 2), goal) < 0.02
+  result = ppo.run(tiny, PROMPT, toy.paying(worth), config)
+  assert toy.total_variation(toy.probabilities(result.policy, 2), goal) < 0.02
 
 
 # ---------------------------------------------------------------- one iteration
@@ -159,10 +81,16 @@ TOY = {
   "epochs": 1,
   "minibatches": 1,
 }
-PAY = paying(lambda ids: len(ids) + 0.25 * ids.count(A))
 
 
-def one(tiny, reward=PAY, critic=None, **changes):
+def pay(rollout, examples):
+  """More for longer completions, and for every "a"."""
+  chosen = rollout.completion_mask
+  value = chosen.sum(1) + 0.25 * ((rollout.tokens == A) & chosen).sum(1)
+  return Reward(value=value.astype(np.float32), judged=np.ones(len(value), bool))
+
+
+def one(tiny, reward=pay, critic=None, **changes):
   return ppo.run(tiny, PROMPT, reward, settings(**(TOY | changes)), value=critic)
 
 
@@ -248,7 +176,7 @@ def test_rows_without_judgement_teach_nothing(tiny):
   """Their tokens are in no loss, whitening or statistic."""
 
   def partly(rollout, examples):
-    full = PAY(rollout, examples)
+    full = pay(rollout, examples)
     judged = np.arange(len(full.value)) % 2 == 0
     return Reward(value=np.where(judged, full.value, 1e6), judged=judged)
 
@@ -326,7 +254,7 @@ def test_the_controller_holds_the_kl(tiny):
 
 def test_step_rewards_are_paid_where_they_fall(tiny):
   def dense(rollout, examples):
-    plain = PAY(rollout, examples)
+    plain = pay(rollout, examples)
     prompt = 1 + int(np.argmax(rollout.mask[0]))
     step = np.zeros((len(plain.value), rollout.mask.shape[1] - prompt), np.float32)
     step[:, 0] = 3.0
@@ -365,4 +293,4 @@ def test_rewards_that_do_not_fit(tiny):
   with pytest.raises(DataError, match="prompt 0"):
     one(tiny, reward=nan)
   with pytest.raises(DataError, match="no training prompts"):
-    ppo.run(tiny, [], PAY, settings())
+    ppo.run(tiny, [], pay, settings())

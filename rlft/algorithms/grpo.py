@@ -1,0 +1,556 @@
+"""GRPO and its relatives: policy gradients with a baseline from samples of one prompt.
+
+  A_i  = (r_i - baseline of its group) / scale           one number for a completion
+  L_pi = -mean min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + kl_coef * KL
+
+There is no value model. Dr. GRPO, DAPO, RLOO and REINFORCE are settings of the same
+step (see `preset`):
+
+              baseline       scale      mean over  clip       KL    besides
+  grpo        group          group std  rows       0.2, 0.2   loss
+  dr_grpo     group          none       constant   0.2, 0.2   -
+  dapo        group          group std  tokens     0.2, 0.28  -     dynamic sampling
+  rloo        leave one out  none       constant   none       reward
+  reinforce   batch          none       tokens     none       -
+
+Source: DeepSeekMath (arXiv 2402.03300), section 4.1; Dr. GRPO (2503.20783); DAPO
+(2503.14476), whose overlong shaping is `rewards.verifiable.overlong_penalty`; RLOO
+(2402.14740), eq. 7, whose action is the whole completion (`importance="sequence"`
+gives GSPO's ratio, 2507.18071).
+
+Letters: B rows, T tokens, C completion columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlft.core import rng
+from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.types import Example, Reward, Rollout
+from rlft.models import scalar as scalars
+from rlft.models.decoder import Decoder
+from rlft.models.hub import Policy
+from rlft.models.lora import LoRAConfig
+from rlft.objectives import kl
+from rlft.objectives import policy as policies
+from rlft.objectives.advantages import group_advantage
+from rlft.sampling.score import completion_logp
+from rlft.training import facts, rollouts
+from rlft.training.metrics import PhaseTimers
+from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
+from rlft.training.step import Sums, make_step
+from rlft.training.trainee import Trainee
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOLoss:
+  """What is static in the train step.
+
+  Attributes:
+    clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high].
+    clip: False takes the plain importance-weighted gradient.
+    dual_clip: bound on the ratio where the advantage is negative (above 1); 0 is off.
+    importance: a ratio for each "token", or one for the "sequence" (GSPO).
+    aggregate: what the mean is over: "token", "sequence" or "constant".
+    constant_length: of "constant"; 0 takes max_new_tokens.
+    kl_coef: weight of the KL to the reference in the loss; 0 needs no reference.
+    kl_estimator: "k1", "k2" or "k3"; only k2 has the KL's gradient as a loss.
+    entropy_coef: of an entropy bonus.
+    importance_cap: cap on pi_old / pi_sampler, where those were measured apart; 0 is
+      off.
+  """
+
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  clip: bool = True
+  dual_clip: float = 0.0
+  importance: Literal["token", "sequence"] = "token"
+  aggregate: Literal["token", "sequence", "constant"] = "sequence"
+  constant_length: int = 0
+  kl_coef: float = 0.0
+  kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+  entropy_coef: float = 0.0
+  importance_cap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+  """GRPO; `preset` gives its relatives.
+
+  Attributes:
+    optimizer, loss: see their classes.
+    iterations: rollouts.
+    prompts_per_iteration, samples_per_prompt: groups, and rows of a group.
+    baseline: "group", "leave_one_out", "batch" or "none".
+    scale: what advantages are divided by: "group_std", "batch_std" or "none".
+    kl_reward: weight of the KL of whole completions, subtracted from the reward.
+    temperature: of sampling and of every log-probability; there are no filters.
+    max_new_tokens, stop, chat: of sampling.
+    epochs, minibatches: updates of an iteration: every epoch takes each row once.
+    micro_batches: parts of a minibatch; changes memory only.
+    dynamic_sampling: most further draws of prompts in place of groups whose rewards are
+      all equal, which carry no gradient; 0 trains on what came first.
+    mask_truncated: leaves rows that the length limit cut out of the loss.
+    old_logp: see `PPOConfig`.
+    lora, compute_dtype, remat, max_tokens, max_rows, eval_every, seed: see `PPOConfig`.
+  """
+
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=lambda: OptimizerConfig(
+      learning_rate=1e-6, schedule="linear", eps=1e-5
+    )
+  )
+  loss: GRPOLoss = dataclasses.field(default_factory=GRPOLoss)
+  iterations: int = 100
+  prompts_per_iteration: int = 16
+  samples_per_prompt: int = 8
+  baseline: Literal["group", "leave_one_out", "batch", "none"] = "group"
+  scale: Literal["group_std", "batch_std", "none"] = "group_std"
+  kl_reward: float = 0.0
+  temperature: float = 1.0
+  max_new_tokens: int = 256
+  stop: tuple[str, ...] = ()
+  chat: bool = False
+  epochs: int = 1
+  minibatches: int = 1
+  micro_batches: int = 1
+  dynamic_sampling: int = 0
+  mask_truncated: bool = False
+  old_logp: Literal["auto", "recompute", "sampler"] = "auto"
+  lora: LoRAConfig | None = None
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: Literal["none", "full", "dots"] = "none"
+  max_tokens: int = 16384
+  max_rows: int = 128
+  eval_every: int = 10
+  seed: int = 0
+
+  def __post_init__(self):
+    positive = (
+      "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
+      "epochs", "minibatches", "micro_batches", "max_tokens", "max_rows", "eval_every",
+    )  # fmt: skip
+    for name in positive:
+      if getattr(self, name) < 1:
+        raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+    for name in ("kl_reward", "dynamic_sampling"):
+      if not 0 <= getattr(self, name) < float("inf"):
+        raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+    if not self.temperature > 0:
+      raise ConfigError(
+        f"temperature={self.temperature}: samples must differ, so it must be positive"
+      )
+    if self.samples_per_prompt == 1 and self.baseline in ("group", "leave_one_out"):
+      raise ConfigError(
+        f"samples_per_prompt=1 with baseline={self.baseline!r}: a sample alone is its "
+        "own baseline, and nothing is learned; sample at least 2, or use 'batch'"
+      )
+    for name, legal in (
+      ("baseline", ("group", "leave_one_out", "batch", "none")),
+      ("scale", ("group_std", "batch_std", "none")),
+      ("old_logp", ("auto", "recompute", "sampler")),
+      ("compute_dtype", ("float32", "bfloat16")),
+      ("remat", ("none", "full", "dots")),
+    ):
+      if getattr(self, name) not in legal:
+        raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
+    rng.check_seed(self.seed)
+
+
+_PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+  "grpo": ({}, {"kl_coef": 0.04}),
+  "dr_grpo": ({"scale": "none"}, {"aggregate": "constant"}),
+  "dapo": ({"dynamic_sampling": 4}, {"clip_high": 0.28, "aggregate": "token"}),
+  "rloo": (
+    {"baseline": "leave_one_out", "scale": "none", "kl_reward": 0.05},
+    {"clip": False, "aggregate": "constant"},
+  ),
+  "reinforce": (
+    {"baseline": "batch", "scale": "none"},
+    {"clip": False, "aggregate": "token"},
+  ),
+}
+
+
+def preset(name: str, **changes: Any) -> GRPOConfig:
+  """The settings of "grpo", "dr_grpo", "dapo", "rloo" or "reinforce".
+
+  Args:
+    name: of the method.
+    changes: further settings; `loss` replaces the preset's whole.
+  """
+  if name not in _PRESETS:
+    raise ConfigError(f"preset {name!r}: choose one of {tuple(_PRESETS)}")
+  settings, loss = _PRESETS[name]
+  return GRPOConfig(**{"loss": GRPOLoss(**loss), **settings, **changes})
+
+
+@dataclasses.dataclass
+class GRPOResult:
+  """What GRPO gave; the fields are those of `PPOResult`."""
+
+  policy: Policy
+  iterations: list[dict[str, float]]
+  history: list[tuple[int, float]]
+  sampled_solutions: int
+  update_tokens: int
+  seconds: float
+
+
+# ------------------------------------------------------------------------ the loss
+
+
+def grpo_sums(
+  model: Decoder,
+  loss: GRPOLoss,
+  params: dict,
+  batch: RLBatch,
+  base: dict | None,
+  temperature: jax.Array,
+) -> Sums:
+  """Sums of the loss; pure.
+
+  Args:
+    model: the decoder.
+    loss: static settings.
+    params: {"policy": ...}, or {"lora": ...} over `base`.
+    batch: rows of an iteration; `ref_logp` is read where `loss.kl_coef` is not 0.
+    base: frozen parameters under the adapters, else None.
+    temperature: scalar, the one that sampled.
+  """
+  logp_BC, entropy_BC = completion_logp(
+    model,
+    params.get("policy", base),
+    batch.tokens,
+    batch.mask,
+    batch.loss_mask.shape[1],
+    temperature,
+    params.get("lora"),
+  )
+  mean_over = {"aggregate": loss.aggregate, "constant_length": loss.constant_length}
+  (total, denominator), stats = policies.policy_loss(
+    logp_BC,
+    batch.old_logp,
+    batch.advantage,
+    batch.loss_mask,
+    clip_low=loss.clip_low,
+    clip_high=loss.clip_high,
+    dual_clip=loss.dual_clip,
+    importance=loss.importance,
+    behaviour_logp_BC=batch.behaviour_logp,
+    importance_cap=loss.importance_cap,
+    clip=loss.clip,
+    **mean_over,
+  )
+  stats["policy_loss"] = total, denominator
+  if loss.kl_coef:
+    extra, _ = kl.kl_loss(
+      logp_BC, batch.ref_logp, batch.loss_mask, loss.kl_estimator, **mean_over
+    )
+    total += loss.kl_coef * extra
+    stats["kl_loss"] = extra, denominator
+  if loss.entropy_coef:
+    bonus, _ = policies.entropy_loss(entropy_BC, batch.loss_mask, **mean_over)
+    total -= loss.entropy_coef * bonus
+  entropy_BC = jnp.where(batch.loss_mask, jax.lax.stop_gradient(entropy_BC), 0.0)
+  stats["entropy"] = jnp.sum(entropy_BC), jnp.sum(batch.loss_mask, dtype=jnp.float32)
+  return {"loss": (total, denominator), **stats}
+
+
+@functools.lru_cache(maxsize=16)
+def make_train_step(
+  model: Decoder, loss: GRPOLoss, optimizer: OptimizerConfig, micro_batches: int = 1
+):
+  """`step(state, RLBatch, base, temperature)`; pure, jitted, donated.
+
+  Equal arguments give the same function, so that runs compile once.
+  """
+  sums = functools.partial(grpo_sums, model, loss)
+  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+
+
+# ------------------------------------------------------------------------ the run
+
+
+def run(
+  policy: Policy,
+  examples: Sequence[Example],
+  reward: RewardOf,
+  config: GRPOConfig,
+  *,
+  reference: Policy | None = None,
+  dev_score: Callable[[Policy], float] | None = None,
+  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+) -> GRPOResult:
+  """Runs GRPO.
+
+  Args:
+    policy: where to start; its parameters are not changed.
+    examples: the training prompts.
+    reward: of a rollout; rewards of steps are added to that of their row.
+    config: see `GRPOConfig`.
+    reference: what the KL is measured to; the policy at the start when None.
+    dev_score: of a policy, larger is better; chooses what is returned.
+    on_event: called with ("sample" | "train" | "iteration", values) for progress.
+
+  Raises:
+    ConfigError, DataError: before any device work.
+    RewardError: of the reward.
+    DivergenceError: the first update contradicts what must hold of a first update, or
+      a loss is not finite.
+  """
+  _check(policy, examples, config, reference)
+  began = time.perf_counter()
+  tell = on_event or (lambda kind, values: None)
+  run_ = _Run(policy, examples, config, reference)
+  history, best, best_score = [], None, None
+  if dev_score is not None:
+    best, best_score = policy, dev_score(policy)
+    history.append((0, best_score))
+  iterations: list[dict[str, float]] = []
+  tokens = 0
+  for index in range(config.iterations):
+    stats = run_.iterate(index, reward, tell)
+    tokens += int(stats.pop("update_tokens"))
+    stats["sampled_solutions"] = run_.sampled
+    last = index + 1 == config.iterations
+    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
+      current = run_.trainee.export()
+      stats["dev"] = score = dev_score(current)
+      history.append((run_.sampled, score))
+      if score > best_score:
+        best, best_score = current, score
+    iterations.append(stats)
+    tell("iteration", stats)
+  return GRPOResult(
+    policy=run_.trainee.export() if best is None else best,
+    iterations=iterations,
+    history=history,
+    sampled_solutions=run_.sampled,
+    update_tokens=tokens,
+    seconds=time.perf_counter() - began,
+  )
+
+
+def _check(policy, examples, config: GRPOConfig, reference) -> None:
+  if not examples:
+    raise DataError("no training prompts")
+  if len({e.id for e in examples}) != len(examples):
+    raise DataError("two training prompts have the same id: their noise would be equal")
+  if not policy.eos_ids:
+    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
+  rollouts.check_rows(
+    config.prompts_per_iteration,
+    config.samples_per_prompt,
+    config.minibatches,
+    config.micro_batches,
+    policy.model.mesh,
+  )
+  if reference is not None:
+    scalars.check_same_tokenizer(policy, reference)
+    if config.lora is not None:
+      raise ConfigError("with lora the reference is the base policy: pass no reference")
+  if config.lora is None:
+    check_patterns(config.optimizer, {"policy": policy.params})
+
+
+class _Run:
+  """The state of a run, and one iteration of it."""
+
+  def __init__(self, policy: Policy, examples, config: GRPOConfig, reference):
+    self.config, self.examples = config, examples
+    self.trainee = Trainee(
+      policy,
+      config.optimizer,
+      config.iterations * config.epochs * config.minibatches,
+      lora=config.lora,
+      dtype=config.compute_dtype,
+      remat=config.remat,
+      seed=config.seed,
+    )
+    start = self.trainee.start
+    self.needs_reference = bool(config.loss.kl_coef or config.kl_reward)
+    self.begins_at_reference = reference is None
+    self.reference = start
+    if reference is not None:
+      model = reference.model.clone(dtype=start.model.dtype)
+      self.reference = dataclasses.replace(reference, model=model)
+    loss = config.loss
+    if loss.aggregate == "constant" and not loss.constant_length:
+      loss = dataclasses.replace(loss, constant_length=config.max_new_tokens)
+    self.step = make_train_step(
+      start.model, loss, config.optimizer, config.micro_batches
+    )
+    self.recompute = config.old_logp == "recompute"
+    self.begun = False
+    self.draws = self.sampled = 0
+
+  def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:
+    """Rollout and rewards, scores, advantages, updates."""
+    config, timers = self.config, PhaseTimers()
+    rollout, judged, drawn = self._collect(reward, tell, timers)
+    rows = rollouts.region(rollout)
+    with timers.phase("score"):
+      old_logp, ref_logp, gap = self._score(index, rows)
+    with timers.phase("advantages"):
+      batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp)
+    stats |= rollouts.rollout_metrics(rollout, judged) | gap | drawn
+    with timers.phase("update"):
+      stats |= self._update(index, batch, tell)
+    tokens = int(batch.loss_mask.sum()) * config.epochs
+    seconds = timers.pop()
+    stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
+    stats["update_tokens"] = tokens
+    return stats | seconds
+
+  def _collect(
+    self, reward: RewardOf, tell, timers: PhaseTimers
+  ) -> tuple[Rollout, Reward, dict[str, float]]:
+    """Rows with their rewards; with dynamic sampling, of groups that differ."""
+    config = self.config
+    need, size = config.prompts_per_iteration, config.samples_per_prompt
+    kept, spare, first_equal = [], [], 0.0
+    for attempt in range(config.dynamic_sampling + 1):
+      with timers.phase("rollout"):
+        prompts = rollouts.prompts_of(self.examples, self.draws, need, config.seed)
+        rollout = rollouts.sample(
+          self.trainee.merged(),
+          prompts,
+          samples=size,
+          temperature=config.temperature,
+          max_new_tokens=config.max_new_tokens,
+          stop=config.stop,
+          chat=config.chat,
+          seed=config.seed,
+          step=self.draws,
+          max_rows=config.max_rows,
+          on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
+        )
+      self.draws += 1
+      self.sampled += len(rollout.finished)
+      with timers.phase("reward"):
+        judged = rollouts.with_steps_added(reward(rollout, prompts), rollout)
+      equal_G = _equal_groups(judged, size)
+      if attempt == 0:
+        first_equal = float(equal_G.mean())
+      for group, equal in enumerate(equal_G):
+        (spare if equal else kept).append((rollout, judged, group))
+      if len(kept) >= need:
+        break
+    # Where too few groups differ the rest is filled up: they have no gradient.
+    groups = (kept + spare)[:need]
+    drawn = {"groups/equal": first_equal, "groups/draws": float(attempt + 1)}
+    if config.dynamic_sampling == 0:
+      return rollout, judged, drawn
+    return *rollouts.join_groups(groups, size), drawn
+
+  def _score(self, index: int, rows: Region):
+    """(old_logp [B, C], ref_logp [B, C] or None, measured mismatch)."""
+    config = self.config
+    policy, lora = self.trainee.adapted()
+    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
+    logp = functools.partial(
+      rollouts.start_logp, rows=rows, temperature=config.temperature,
+      max_tokens=config.max_tokens,
+    )  # fmt: skip
+    own = logp(policy, lora=lora) if measure else None
+    ref = logp(self.reference) if self.needs_reference else None
+    old_logp, gap = rows.logp, {}
+    if own is not None:
+      trained = own()
+      gap = facts.mismatch(rows.logp, trained, rows.chosen)
+      if config.old_logp == "auto":
+        self.recompute = gap["mismatch/max"] > facts.AGREE
+      if self.recompute:
+        old_logp = trained
+    return old_logp, None if ref is None else ref(), gap
+
+  def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp):
+    """The rows with their advantages, and the numbers that go with them."""
+    config = self.config
+    mask_BC = rows.chosen & judged.judged[:, None]
+    if config.mask_truncated:
+      mask_BC = mask_BC & rollout.finished[:, None]
+    value_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
+    stats = {}
+    if ref_logp is not None:
+      if self.begins_at_reference and not self.begun:
+        facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
+      kl_B = np.where(mask_BC, old_logp - ref_logp, 0.0).sum(1)
+      value_B = value_B - config.kl_reward * kl_B
+      stats["kl/sequence"] = float(kl_B[judged.judged].mean()) if kl_B.size else 0.0
+    advantage_B, found = group_advantage(
+      value_B, judged.judged, config.samples_per_prompt, config.baseline, config.scale
+    )
+    advantage_B = np.asarray(advantage_B)
+    stats |= {
+      f"advantage/{name}": float(total) / max(float(count), 1.0)
+      for name, (total, count) in found.items()
+    }
+    stats["advantage/mean"] = float(advantage_B.mean())
+    stats["advantage/std"] = float(advantage_B.std())
+    weighted = config.loss.importance_cap and self.recompute
+    batch = RLBatch(
+      tokens=rows.tokens,
+      mask=rows.mask,
+      loss_mask=mask_BC,
+      old_logp=old_logp,
+      behaviour_logp=rows.logp if weighted else None,
+      ref_logp=ref_logp if config.loss.kl_coef else None,
+      advantage=np.where(mask_BC, advantage_B[:, None], 0.0).astype(np.float32),
+    )
+    return batch, stats
+
+  def _update(self, index: int, batch: RLBatch, tell) -> dict[str, float]:
+    config, means, trainee = self.config, Means(), self.trainee
+    mesh = trainee.start.model.mesh
+    of, done = config.epochs * config.minibatches, 0
+    if not batch.loss_mask.any():
+      log.warning("iteration %d: no row could be judged; nothing is updated", index)
+      return {}
+    for epoch in range(config.epochs):
+      parts = rollouts.minibatches(
+        batch, config.minibatches, config.seed, index, epoch, mesh
+      )
+      for part in parts:
+        trainee.state, metrics = self.step(
+          trainee.state, part, trainee.base, np.float32(config.temperature)
+        )
+        means.add(metrics)
+        if not self.begun:
+          facts.check_first_update(
+            metrics, config.compute_dtype, config.old_logp != "sampler"
+          )
+          self.begun = True
+        done += 1
+        tell("train", {"step": done, "of": of})
+    stats = means.read()
+    if not np.isfinite(stats["loss"]):
+      raise DivergenceError(
+        f"iteration {index}: the loss is {stats['loss']}; lower the learning rate, or "
+        "look for what the reward gave"
+      )
+    return stats
+
+
+def _equal_groups(judged: Reward, size: int) -> np.ndarray:
+  """bool [groups]: all judged rewards of the group are equal, or there are none."""
+  value_GK = judged.value.reshape(-1, size)
+  known_GK = judged.judged.reshape(-1, size)
+  low = np.where(known_GK, value_GK, np.inf).min(1)
+  high = np.where(known_GK, value_GK, -np.inf).max(1)
+  return ~(high > low)

@@ -1,0 +1,163 @@
+"""GRPO and its relatives: the optimum, groups without signal, dynamic sampling."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from rlft.algorithms import grpo
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.types import Example, Reward
+from rlft.training import rollouts
+from rlft.training.optimizer import OptimizerConfig
+
+A = 1
+PROMPT = [Example(0, "a", "", "")]
+PROMPTS = [Example(i, "a" if i % 2 else "b", "", "") for i in range(6)]
+TOY = {
+  "iterations": 1,
+  "prompts_per_iteration": 2,
+  "samples_per_prompt": 8,
+  "max_new_tokens": 4,
+}
+
+
+def settings(name="grpo", **changes):
+  optimizer = OptimizerConfig(learning_rate=1e-2, schedule="linear", eps=1e-5, b2=0.99)
+  return grpo.preset(name, **({"optimizer": optimizer} | TOY | changes))
+
+
+def pay(rollout, examples):
+  chosen = rollout.completion_mask
+  value = chosen.sum(1) + 0.25 * ((rollout.tokens == A) & chosen).sum(1)
+  return Reward(value=value.astype(np.float32), judged=np.ones(len(value), bool))
+
+
+def change(a, b):
+  pairs = zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params))
+  return max(float(np.abs(x - y).max()) for x, y in pairs)
+
+
+def test_rloo_reaches_the_regularised_optimum(tiny, toy):
+  """The KL in the reward, a leave-one-out baseline, no clipping: an exact gradient."""
+  worth = lambda ids: {0: 0.0, 1: 0.6, 2: 1.0}[ids[0]]
+  start = toy.probabilities(tiny, 1)
+  goal = toy.optimum(start, worth, 0.5)
+  assert toy.total_variation(start, goal) > 0.2
+  config = settings(
+    "rloo", iterations=40, prompts_per_iteration=1, samples_per_prompt=256,
+    max_new_tokens=1, kl_reward=0.5, max_rows=256,
+  )  # fmt: skip
+  result = grpo.run(tiny, PROMPT, toy.paying(worth), config)
+  assert toy.total_variation(toy.probabilities(result.policy, 1), goal) < 0.02
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce"])
+def test_every_preset_takes_a_step_towards_more_reward(tiny, name):
+  config = settings(name, iterations=3, samples_per_prompt=32)
+  result = grpo.run(tiny, PROMPTS, pay, config)
+  first, last = result.iterations[0], result.iterations[-1]
+  assert last["reward/mean"] > first["reward/mean"] + 0.1
+  assert first["ratio_max"] == pytest.approx(1, abs=1e-5)
+  assert all(np.isfinite(x) for x in last.values())
+  assert ("kl/sequence" in last) == (name in ("grpo", "rloo"))
+
+
+def test_groups_without_signal_change_nothing(tiny):
+  flat = lambda rollout, examples: Reward(
+    value=np.full(16, 0.7, np.float32), judged=np.ones(16, bool)
+  )
+  result = grpo.run(tiny, PROMPTS, flat, settings("dr_grpo"))
+  stats = result.iterations[0]
+  assert stats["groups/equal"] == 1 and stats["advantage/equal_groups"] == 1
+  assert stats["grad_norm"] == 0
+  assert change(result.policy, tiny) == 0
+
+
+def only_prompt_three(rollout, examples):
+  """One prompt's samples differ; those of all others are worth 0.75."""
+  full = pay(rollout, examples)
+  value = np.where(rollout.prompt_ids == 3, full.value, np.float32(0.75))
+  return Reward(value=value, judged=full.judged, each={"x": value})
+
+
+def test_dynamic_sampling_draws_until_groups_differ(tiny):
+  plain = grpo.run(tiny, PROMPTS, only_prompt_three, settings("dr_grpo"))
+  assert plain.sampled_solutions == 16
+  config = settings("dr_grpo", dynamic_sampling=5)
+  result = grpo.run(tiny, PROMPTS, only_prompt_three, config)
+  stats = result.iterations[0]
+  order = [rollouts.prompts_of(PROMPTS, i, 2, 0) for i in range(6)]
+  has_signal = [any(e.id == 3 for e in prompts) for prompts in order]
+  draws = [i + 1 for i, has in enumerate(has_signal) if has][1]  # two groups are needed
+  assert stats["groups/draws"] == draws and result.sampled_solutions == draws * 16
+  assert stats["advantage/equal_groups"] == 0  # it came up in both passes
+  config = settings("dr_grpo", dynamic_sampling=5)
+  enough = grpo.run(tiny, PROMPTS, pay, config)
+  assert enough.iterations[0]["groups/draws"] == 1
+
+
+def test_joined_groups_are_the_rows_that_were_sampled(tiny):
+  """Prompts of other lengths in the second draw: nothing moves against its mask."""
+  sample = lambda texts, step: rollouts.sample(
+    tiny,
+    [Example(i, text, "", "") for i, text in enumerate(texts)],
+    samples=2, temperature=1.0, max_new_tokens=3 + step, seed=0, step=step,
+  )  # fmt: skip
+  first, second = sample(["a", "b"], 0), sample(["aab" * 3, "b"], 1)
+  reward = lambda r: pay(r, None)
+  groups = [(second, reward(second), 0), (first, reward(first), 1)]
+  joined, judged = rollouts.join_groups(groups, 2)
+  assert joined.completions == second.completions[:2] + first.completions[2:]
+  for row, (source, at) in enumerate(
+    [(second, 0), (second, 1), (first, 2), (first, 3)]
+  ):
+    for name in ("tokens", "raw_logp"):
+      ours = getattr(joined, name)[row][joined.mask[row]]
+      np.testing.assert_array_equal(ours, getattr(source, name)[at][source.mask[at]])
+    chosen = joined.tokens[row][joined.completion_mask[row]]
+    np.testing.assert_array_equal(chosen, source.tokens[at][source.completion_mask[at]])
+  np.testing.assert_array_equal(judged.value, pay(joined, None).value)
+  rows = rollouts.region(joined)
+  assert (rows.chosen.sum(1) == joined.lengths).all()
+
+
+def test_rows_without_judgement_are_in_no_baseline(tiny):
+  def partly(rollout, examples):
+    full = pay(rollout, examples)
+    judged = np.arange(len(full.value)) % 4 != 0
+    return Reward(value=np.where(judged, full.value, 1e6), judged=judged)
+
+  stats = grpo.run(tiny, PROMPTS, partly, settings()).iterations[0]
+  assert stats["advantage/judged"] == 0.75 and stats["advantage/std"] < 3
+
+
+def test_micro_batches_change_nothing(tiny):
+  each = [
+    grpo.run(tiny, PROMPTS, pay, settings(micro_batches=n, epochs=2)) for n in (1, 4)
+  ]
+  assert change(each[0].policy, each[1].policy) < 1e-5
+  assert each[0].iterations[0]["ratio_max"] > 1.001  # the second epoch
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"samples_per_prompt": 1}, "its own baseline"),
+    ({"prompts_per_iteration": 7}, "only 6 training prompts"),
+    ({"minibatches": 3}, "multiple of minibatches"),
+    ({"baseline": "mean"}, "choose one of"),
+    ({"temperature": 0.0}, "must be positive"),
+  ],
+)
+def test_settings_that_cannot_be(tiny, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    grpo.run(tiny, PROMPTS, pay, settings(**changes))
+
+
+def test_prompts_and_presets_that_cannot_be(tiny):
+  with pytest.raises(ConfigError, match="choose one of"):
+    grpo.preset("gspo2")
+  with pytest.raises(DataError, match="same id"):
+    grpo.run(tiny, PROMPT * 2, pay, settings())
