@@ -336,7 +336,8 @@ def test_a_script_is_not_run_again(samples, tmp_path, guard):
   """With and without the guard that multiprocessing asks for."""
   path = tmp_path / "train.py"
   path.write_text(SCRIPT.format(guard=guard, module=samples.__name__))
-  env = {**os.environ, "PYTHONPATH": str(Path(samples.__file__).parent)}
+  folder = str(Path(samples.__file__).parent)
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
   done = subprocess.run(
     [sys.executable, "-W", "error", str(path)],
     capture_output=True, text=True, timeout=60, env=env,
