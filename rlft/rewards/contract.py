@@ -77,7 +77,8 @@ class RewardConfig:
   Attributes:
     missing_eos: of a completion that the length limit cut: "score" takes its score as
       it is, "penalty" subtracts `missing_eos_value` from it, "replace" puts
-      `missing_eos_value` in its place, "mask" counts the row as not judged.
+      `missing_eos_value` in its place, "mask" counts the row as not judged. What its
+      steps were paid stays, except with "mask".
     missing_eos_value: see above; None where it has no use.
     score_clip: the weighted sum is clipped to [-score_clip, score_clip], before the
       rule above; None does not clip.
