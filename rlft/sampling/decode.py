@@ -299,7 +299,7 @@ def decode_step(
   stop_B = chosen_B & (stop_state_B == rules.stop_state)
   again_B = stop_B & rules.again
   ended_B = chosen_B & (token_B[:, None] == rules.eos_Z).any(-1) | stop_B & ~again_B
-  stop_state_B = jnp.where(again_B, 0, stop_state_B)
+  # The token that is forced then takes the automaton back to its start.
   queue_at_B = jnp.where(again_B, 0, state.queue_at_B + (forced_B & active_B))
   count_B = state.chosen_B + chosen_B
   length_B = index_B + active_B

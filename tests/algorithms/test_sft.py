@@ -17,7 +17,7 @@ from rlft.models.decoder import param_axes, param_shapes
 from rlft.sampling.generate import generate
 from rlft.sampling.score import score
 from rlft.tasks import arithmetic
-from rlft.training.data import batches, collate, encode_rows
+from rlft.training.data import TokenRow, batches, collate, encode_rows
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.step import init_state
 
@@ -241,6 +241,19 @@ def test_data_that_cannot_be_trained_on(policy, rows, caplog):
   # The model's own limit counts too, not only the config's.
   with pytest.raises(DataError, match="longer than max_length=128"):
     sft.train(policy, [("1" * 200, "2")], dataclasses.replace(CONFIG, max_length=999))
+
+
+def test_rows_that_are_encoded_keep_their_weights(policy, rows, caplog):
+  ready = encoded(policy, rows)
+  ready[0] = dataclasses.replace(ready[0], weight=(0.0,) * len(ready[0].tokens))
+  result = sft.train(policy, ready, dataclasses.replace(CONFIG, loss_on="all"))
+  assert result.update_tokens == sum(sum(row.weight) for row in ready)
+  long = TokenRow((3,) * 129, (1.0,) * 129)
+  again = sft.train(policy, [long, *ready], CONFIG)
+  same(again.policy, result.policy)
+  assert "1 of 9 training rows are longer than max_length=128" in caplog.text
+  with pytest.raises(DataError, match="all 1 rows are longer"):
+    sft.train(policy, [long], CONFIG)
 
 
 def test_policies_that_cannot_be_trained(policy, rows):
