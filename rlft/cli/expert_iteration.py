@@ -20,10 +20,9 @@ import rlft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import sft
 from rlft.cli import config as configs
-from rlft.cli import runs, show
+from rlft.cli import rl, runs, show
 from rlft.cli.progress import Events
-from rlft.cli.sft import evaluate_splits
-from rlft.probes.evaluate import EvalConfig, evaluate
+from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "improve a model on its own checked solutions (Expert Iteration)"
@@ -64,26 +63,18 @@ def run(args: argparse.Namespace) -> int:
   workdir = Path(args.workdir)
   train = runs.train_examples(config.task)
   rows, judge = runs.text_rows(train), runs.judge_of(config.task)
-  dev = _dev_examples(config)
+  dev = rl.dev_examples(config.task, config.dev_prompts)
   policy = runs.make_policy(config.model, config.mesh)
   base = runs.make_policy(config.base, config.mesh) if config.base else policy
   configs.write_resolved(workdir, config)
 
-  def look(title: str, policy) -> None:
-    if not config.eval_prompts:
-      return
-    print(f"{title}:")
-    evaluate_splits(
-      policy, config.task, config.eval, config.eval_splits, config.eval_prompts,
-      workdir / title.replace(" ", "_"),
-    )  # fmt: skip
-
-  look("before", policy)
+  rl.look("before", policy, config, workdir)
   with MetricWriter(workdir) as writer, Events(writer) as on_event:
     if config.sft_first is not None:
       policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
       on_event.close()
-      look("after SFT", policy)  # what Expert Iteration is to be compared with
+      # What Expert Iteration is to be compared with.
+      rl.look("after_sft", policy, config, workdir)
     result = ei.run(
       policy,
       train,
@@ -91,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
       config.ei,
       base=base,
       sft_rows=rows,
-      dev_score=_dev_score(config, dev, judge),
+      dev_score=rl.dev_score(config.task, dev, config.eval),
       on_event=on_event,
     )
   rlft.save(result.policy, workdir / "model")
@@ -99,33 +90,12 @@ def run(args: argparse.Namespace) -> int:
     for solution in result.solutions:
       file.write(json.dumps(dataclasses.asdict(solution)) + "\n")
   round_table(result.rounds)
-  look("after", result.policy)
+  rl.look("after", result.policy, config, workdir)
   print(
     f"{result.sampled_solutions} sampled solutions, {result.update_tokens} tokens in "
     f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"
   )
   return 0
-
-
-def _dev_examples(config: EIRun):
-  if not config.dev_prompts:
-    return []
-  if config.task.name == "arithmetic":
-    return runs.examples(config.task, "dev", config.dev_prompts)
-  after = config.task.train_start + config.task.train
-  return runs.examples(config.task, "train", config.dev_prompts, after)
-
-
-def _dev_score(config: EIRun, dev, judge):
-  if not dev:
-    return None
-  greedy = dataclasses.replace(config.eval, samples=1, ks=(1,))
-
-  def score(policy):
-    report = evaluate(policy, dev, judge, greedy).report
-    return report["metrics"]["greedy@1"]["mean"]
-
-  return score
 
 
 ROUND_COLUMNS = {

@@ -80,3 +80,38 @@ class Events:
     if self._bar is not None:
       self._context.__exit__(None, None, None)
     self._bar = self._kind = None
+
+
+_SHOWN = {"reward/mean": "reward", "kl/sequence": "kl", "dev": "dev"}
+
+
+class Iterations:
+  """Takes the events of an algorithm that samples and updates in turn: one bar over its
+  iterations, and every number of each recorded under its count of sampled solutions.
+  """
+
+  def __init__(self, writer: MetricWriter, title: str, total: int, name: str = ""):
+    """Args: where metrics go, what the bar says, how many iterations; `name` is put
+    before metric names."""
+    self._writer, self._before = writer, f"{name}/" if name else ""
+    self._context = show.progress(title, total)
+    self._done = 0
+
+  def __enter__(self) -> Iterations:
+    self._bar = self._context.__enter__()
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self._context.__exit__(None, None, None)
+
+  def __call__(self, kind: str, values: dict[str, Any]) -> None:
+    if kind != "iteration":
+      return
+    self._done += 1
+    shown = {short: values[k] for k, short in _SHOWN.items() if k in values}
+    self._bar(1, **shown)
+    self._writer.write(
+      self._done,
+      {self._before + name: x for name, x in values.items()},
+      samples=values["sampled_solutions"],
+    )

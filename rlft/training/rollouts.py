@@ -346,6 +346,7 @@ def rollout_metrics(rollout: Rollout, reward: Reward) -> dict[str, float]:
     known = each[~np.isnan(each)]
     out[f"reward/{name}/mean"] = float(known.mean()) if known.size else 0.0
     out[f"reward/{name}/std"] = float(known.std()) if known.size else 0.0
+  out |= {f"reward/{name}": float(x) for name, x in reward.counts.items()}
   texts = rollout.completions
   keys = list(zip(rollout.prompt_ids.tolist(), texts))
   out |= {

@@ -1,0 +1,41 @@
+"""GRPO and its relatives on the embedded mini model and generated word problems.
+
+  rlft grpo --config=configs/arithmetic_grpo.py --workdir=runs/grpo
+  rlft grpo --config=configs/arithmetic_grpo.py:dapo --workdir=runs/dapo
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from rlft.algorithms import grpo
+
+
+def get_config(name: str = "grpo") -> ConfigDict:
+  """`:grpo`, `:dr_grpo`, `:dapo`, `:rloo` or `:reinforce`."""
+  preset = dataclasses.asdict(grpo.preset(name))
+  kept = ("loss", "baseline", "scale", "kl_reward", "dynamic_sampling")
+  return ConfigDict(
+    dict(
+      model=dict(path="mini"),
+      task=dict(
+        name="arithmetic",
+        train=1000,
+        train_start=1_000_000,
+        knobs=dict(reference="any"),
+      ),
+      reward=dict(kind="sparse", accept="consistent"),
+      grpo={name: preset[name] for name in kept}
+      | dict(
+        optimizer=dict(learning_rate=3e-4, schedule="linear", eps=1e-5),
+        iterations=60,
+        prompts_per_iteration=16,
+        samples_per_prompt=8,
+        max_new_tokens=48,
+        max_rows=512,
+      ),
+      dev_prompts=0,
+      eval=dict(samples=16, max_new_tokens=48, max_rows=512),
+      eval_prompts=100,
+    )
+  )

@@ -1,0 +1,40 @@
+"""PPO on the embedded mini model and generated word problems.
+
+  rlft ppo --config=configs/arithmetic_ppo.py --workdir=runs/ppo
+  rlft ppo --config=configs/arithmetic_ppo.py:dense --workdir=runs/ppo_dense
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(reward: str = "sparse") -> ConfigDict:
+  """`:sparse`, or `:dense` for rewards of matching steps as well."""
+  adam = lambda rate: dict(learning_rate=rate, schedule="linear", eps=1e-5)
+  return ConfigDict(
+    dict(
+      model=dict(path="mini"),
+      task=dict(
+        name="arithmetic",
+        train=1000,
+        train_start=1_000_000,
+        knobs=dict(reference="any"),
+      ),
+      reward=dict(kind=reward, accept="consistent"),
+      ppo=dict(
+        optimizer=adam(3e-4),
+        value_optimizer=adam(1e-3),
+        iterations=60,
+        prompts_per_iteration=32,
+        samples_per_prompt=4,
+        max_new_tokens=48,
+        epochs=2,
+        minibatches=2,
+        critic_warmup=2,
+        kl_coef=0.02,
+        max_rows=512,
+      ),
+      dev_prompts=0,
+      eval=dict(samples=16, max_new_tokens=48, max_rows=512),
+      eval_prompts=100,
+    )
+  )
