@@ -233,10 +233,21 @@ def batches(
   Yields:
     `TrainBatch` of [batch_size, bucket], on the mesh when there is one.
   """
-  order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+  lengths = [len(row.tokens) for row in rows]
+  for length, members in grouped(
+    lengths, batch_size=batch_size, seed=seed, epoch=epoch
+  ):
+    yield place(collate([rows[i] for i in members], batch_size, length), mesh)
+
+
+def grouped(
+  lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[int, list[int]]]:
+  """(bucket, rows) of every batch of an epoch; see `batches`."""
+  order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
   by_bucket: dict[int, list[int]] = {}
   for i in order:
-    by_bucket.setdefault(bucket(len(rows[i].tokens)), []).append(int(i))
+    by_bucket.setdefault(bucket(lengths[i]), []).append(int(i))
   groups, carried = [], []
   for length in sorted(by_bucket):
     members = carried + by_bucket[length]
@@ -247,8 +258,7 @@ def batches(
   if carried:
     groups.append((max(by_bucket), carried))
   for g in np.random.default_rng([seed, epoch, 1]).permutation(len(groups)):
-    length, members = groups[g]
-    yield place(collate([rows[i] for i in members], batch_size, length), mesh)
+    yield groups[g]
 
 
 def place(batch: Any, mesh: Mesh | None) -> Any:

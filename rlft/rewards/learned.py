@@ -1,0 +1,216 @@
+"""Learned rewards: reward models and outcome models (ORMs), scored on the mesh.
+
+What was sampled is what is read: token ids, never the text again. Programs are compiled
+for bucketed shapes, so that no batch of a run compiles anew.
+
+Letters: B rows, T tokens, C completion columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from rlft.core.errors import ConfigError, RewardError
+from rlft.core.types import Example, Reward, Rollout
+from rlft.models.hub import Policy
+from rlft.models.scalar import (
+  ScalarModel,
+  check_same_tokenizer,
+  last_value,
+  token_values,
+)
+from rlft.rewards.verifiable import Steps, step_ends
+from rlft.sampling.buckets import bucket
+from rlft.sampling.score import check_rows, in_blocks
+
+_jit_last_value = jax.jit(last_value, static_argnums=0)
+_jit_token_values = jax.jit(token_values, static_argnums=0)
+
+
+def final_values(
+  scalar: ScalarModel, tokens, mask, max_tokens: int = 16384
+) -> np.ndarray:
+  """The normalised value at the last real token of each row.
+
+  (raw - mean) / std
+
+  Args:
+    scalar: the model.
+    tokens: int [B, T]; padding may stand anywhere.
+    mask: bool [B, T], True on real tokens.
+    max_tokens: rows are taken so many tokens at a time.
+
+  Returns:
+    float32 [B].
+
+  Raises:
+    DataError: the rows are not what the model can read.
+  """
+  raw_B = _run(_jit_last_value, scalar, tokens, mask, max_tokens)
+  return (raw_B - np.float32(scalar.mean)) / np.float32(scalar.std)
+
+
+def every_value(
+  scalar: ScalarModel, tokens, mask, max_tokens: int = 16384
+) -> np.ndarray:
+  """The normalised value at every token, float32 [B, T]; see `final_values`.
+
+  What stands under a pad means nothing.
+  """
+  raw_BT = _run(_jit_token_values, scalar, tokens, mask, max_tokens)
+  raw_BT = raw_BT[:, : np.shape(tokens)[1]]
+  return (raw_BT - np.float32(scalar.mean)) / np.float32(scalar.std)
+
+
+def _run(program, scalar: ScalarModel, tokens, mask, max_tokens) -> np.ndarray:
+  tokens, mask = check_rows(tokens, mask, scalar.config)
+  run = functools.partial(program, scalar.model, scalar.params)
+  return in_blocks(run, scalar.model.mesh, tokens, mask, max_tokens)
+
+
+def row_values(
+  scalar: ScalarModel, rows: Sequence[Sequence[int]], max_tokens: int = 16384
+) -> list[np.ndarray]:
+  """The normalised value at every token of rows of ids, of which each has its length.
+
+  Rows of one length bucket are taken together, so that short ones cost little.
+  """
+  by_bucket: dict[int, list[int]] = {}
+  for i, row in enumerate(rows):
+    by_bucket.setdefault(bucket(len(row)), []).append(i)
+  out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+  for length, members in by_bucket.items():
+    tokens = np.zeros((len(members), length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for at, i in enumerate(members):
+      tokens[at, : len(rows[i])], mask[at, : len(rows[i])] = rows[i], True
+    for i, value_T in zip(members, every_value(scalar, tokens, mask, max_tokens)):
+      out[i] = value_T[: len(rows[i])]
+  return out
+
+
+def probability(logit: np.ndarray) -> np.ndarray:
+  """sigmoid(logit), float32, without overflow."""
+  return (0.5 * (1 + np.tanh(0.5 * logit))).astype(np.float32)
+
+
+# -------------------------------------------------------------- rewards of algorithms
+
+
+def reward_model_reward(
+  scalar: ScalarModel,
+  policy: Policy | None = None,
+  name: str = "reward_model",
+  max_tokens: int = 16384,
+) -> Callable[[Rollout, Sequence[Example]], Reward]:
+  """A reward model as the reward of an algorithm: its value at the last real token.
+
+  Args:
+    scalar: the reward model, normalised; it must have been trained on prompts as they
+      are sampled (chat template or none).
+    policy: that samples; its tokenizer is checked now. Without it, only ids outside the
+      vocabulary are found.
+    name: in the logs.
+    max_tokens: of a block of rows.
+
+  Returns:
+    A callable of (rollout, examples): every row is judged; `value` is on the host.
+
+  Raises:
+    ConfigError: another tokenizer, or the model is no reward model.
+  """
+  _check_model(scalar, policy, "reward")
+
+  def reward(rollout: Rollout, examples: Sequence[Example]) -> Reward:
+    began = time.perf_counter()
+    value_B = final_values(scalar, rollout.tokens, rollout.mask, max_tokens)
+    return _reward(rollout, value_B, None, name, began)
+
+  return reward
+
+
+def orm_reward(
+  orm: ScalarModel,
+  mode: Literal["final", "step"] = "final",
+  steps: Steps | None = None,
+  policy: Policy | None = None,
+  name: str = "orm",
+  max_tokens: int = 16384,
+) -> Callable[[Rollout, Sequence[Example]], Reward]:
+  """An outcome model as the reward of an algorithm: the probability of being right.
+
+  "final" pays p(right | whole completion) at the last chosen token. "step" pays
+  p(right | prefix) at the end of every step as well, what Havrilla et al. 2024 (arXiv
+  2403.04642) call Dense-ORM.
+
+  Args:
+    orm: an outcome model.
+    mode: "final" or "step".
+    steps: of "step": the task's, such as `arithmetic.steps`.
+    policy, name, max_tokens: as for `reward_model_reward`.
+
+  Returns:
+    A callable of (rollout, examples): `value` [B], and with "step" also `step` [B, C];
+    nothing is paid twice at the last token. Host float32.
+
+  Raises:
+    ConfigError: another tokenizer, no outcome model, or a mode that does not exist.
+  """
+  _check_model(orm, policy, "outcome")
+  if mode not in ("final", "step"):
+    raise ConfigError(f"mode={mode!r}: choose 'final' or 'step'")
+  if mode == "step" and steps is None:
+    raise ConfigError("mode='step' needs steps, such as arithmetic.steps")
+  if mode == "step" and orm.tokenizer is None:
+    raise ConfigError("mode='step' needs a tokenizer: steps are read from texts")
+
+  def reward(rollout: Rollout, examples: Sequence[Example]) -> Reward:
+    began = time.perf_counter()
+    if mode == "final":
+      logit_B = final_values(orm, rollout.tokens, rollout.mask, max_tokens)
+      return _reward(rollout, probability(logit_B), None, name, began)
+    ends_BC = step_ends(rollout, orm.tokenizer, steps)
+    columns = ends_BC.shape[1]
+    value_BT = probability(every_value(orm, rollout.tokens, rollout.mask, max_tokens))
+    last_B = rollout.mask.shape[1] - 1 - np.argmax(rollout.mask[:, ::-1], axis=1)
+    rows = np.arange(len(last_B))
+    step_BC = np.where(ends_BC, value_BT[:, -columns:], np.float32(0))
+    step_BC[rows, last_B - (value_BT.shape[1] - columns)] = 0  # `value` pays there
+    return _reward(rollout, value_BT[rows, last_B], step_BC, name, began)
+
+  return reward
+
+
+def _check_model(scalar: ScalarModel, policy: Policy | None, kind: str) -> None:
+  if scalar.kind != kind:
+    raise ConfigError(f"this is a model of kind {scalar.kind!r}; give one of {kind!r}")
+  if policy is not None:
+    check_same_tokenizer(policy, scalar)
+
+
+def _reward(rollout: Rollout, value_B, step_BC, name: str, began: float) -> Reward:
+  finite_B = np.isfinite(value_B)
+  if step_BC is not None:
+    finite_B &= np.isfinite(step_BC).all(1)
+  if not finite_B.all():
+    row = int(np.argmin(finite_B))
+    raise RewardError(
+      f"the reward {name} of row {row} (prompt {rollout.prompt_ids[row]}) is not "
+      "finite: the model's weights or its normalisation are damaged"
+    )
+  each = {name: value_B}
+  if step_BC is not None:
+    each["steps"] = step_BC.sum(1)
+  return Reward(
+    value=value_B,
+    judged=np.ones(len(value_B), bool),
+    step=step_BC,
+    each=each,
+    seconds=time.perf_counter() - began,
+  )

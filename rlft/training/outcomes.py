@@ -1,0 +1,196 @@
+"""Outcomes: sampled solutions that are known to be right or wrong, to train on.
+
+Letters: B rows, T tokens, N outcomes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from rlft.core.errors import DataError
+from rlft.core.rng import Purpose
+from rlft.core.types import Example
+from rlft.models.hub import Policy
+from rlft.models.scalar import ScalarModel
+from rlft.rewards.verifiable import Judge, Steps, judge_all, step_ends
+from rlft.sampling.generate import generate
+from rlft.training.data import (
+  TokenRow,
+  collate,
+  encode_prompts,
+  encode_rows,
+  grouped,
+  place,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """A sampled solution with what became of it.
+
+  Attributes:
+    prompt_id: of its example.
+    prompt: the text that was continued.
+    tokens: the sampled ids, with EOS where there is one.
+    ends: indices into `tokens` at which a step ends.
+    label: 1 for a right final answer, 0 for a wrong one; between them, a probability.
+  """
+
+  prompt_id: int
+  prompt: str
+  tokens: tuple[int, ...]
+  ends: tuple[int, ...]
+  label: float
+
+
+@struct.dataclass
+class OutcomeBatch:
+  """One batch of labelled rows.
+
+  Attributes:
+    tokens: int32 [B, T].
+    mask: bool [B, T], True on real tokens.
+    weight: float32 [B, T], 1 where the loss reads a value.
+    label: float32 [B].
+  """
+
+  tokens: Any
+  mask: Any
+  weight: Any
+  label: Any
+
+
+def sample_outcomes(
+  policy: Policy,
+  examples: Sequence[Example],
+  judge: Judge,
+  steps: Steps,
+  samples: int,
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  chat: bool = False,
+  seed: int = 0,
+  step: int = 0,
+  max_rows: int = 128,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+  """Samples solutions and labels them: data for an outcome model.
+
+  Args:
+    policy: samples; K Havrilla et al. is the SFT policy.
+    examples: the prompts.
+    judge: of the task; its `correct` is the label.
+    steps: of the task, such as `arithmetic.steps`.
+    samples: K of each prompt.
+    max_new_tokens, temperature, max_rows, on_progress: as for `generate`.
+    chat: put prompts into the chat template.
+    seed, step: address the noise.
+
+  Returns:
+    Exactly len(examples) * K outcomes, samples of a prompt adjacent; those that the
+    length limit cut are among them.
+  """
+  rollout = generate(
+    policy,
+    encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat),
+    samples=samples,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    seed=seed,
+    step=step,
+    prompt_ids=[e.id for e in examples],
+    purpose=Purpose.ROLLOUT,
+    max_rows=max_rows,
+    on_progress=on_progress,
+  )
+  verdicts = judge_all(judge, rollout.completions, examples)
+  ends_BC = step_ends(rollout, policy.tokenizer, steps)
+  return [
+    Outcome(
+      prompt_id=examples[row // samples].id,
+      prompt=examples[row // samples].prompt,
+      tokens=tuple(rollout.tokens[row][rollout.completion_mask[row]].tolist()),
+      ends=tuple(np.flatnonzero(ends_BC[row]).tolist()),
+      label=float(verdict.correct),
+    )
+    for row, verdict in enumerate(verdicts)
+  ]
+
+
+def check_outcomes(outcomes: Sequence[Outcome]) -> list[Outcome]:
+  """Raises `DataError` for rows that cannot be trained on; names the first."""
+  outcomes = list(outcomes)
+  if not outcomes:
+    raise DataError("no outcomes")
+  for i, row in enumerate(outcomes):
+    where = f"outcome {i} (prompt {row.prompt_id})"
+    number = isinstance(row.label, int | float | np.number)
+    if not number or not 0 <= row.label <= 1:
+      raise DataError(f"{where} has the label {row.label!r}: give a number, 0 to 1")
+    if not row.tokens:
+      raise DataError(f"{where} has no tokens")
+    if any(not 0 <= end < len(row.tokens) for end in row.ends):
+      raise DataError(f"{where} has {len(row.tokens)} tokens, and step ends {row.ends}")
+  return outcomes
+
+
+def encode_outcomes(
+  model: Policy | ScalarModel,
+  outcomes: Sequence[Outcome],
+  read: Literal["steps", "all", "final", "ends"],
+  chat: bool = False,
+) -> list[TokenRow]:
+  """Rows of tokens, prompt included, with weight 1 where a value is read.
+
+  Args:
+    model: whose tokenizer sampled.
+    outcomes: checked by `check_outcomes`.
+    read: "all" tokens of the completion, the "final" one, the ends of "steps" and the
+      final one, or the "ends" of steps before the final one.
+    chat: put prompts into the chat template.
+  """
+  encoded = encode_rows(
+    model.tokenizer,
+    model.eos_ids[0],
+    [(row.prompt, row.tokens) for row in outcomes],
+    max_length=1 << 30,
+    chat=chat,
+  )
+  if read == "all":
+    return encoded
+  out = []
+  for row, outcome in zip(encoded, outcomes, strict=True):
+    size, last = len(row.tokens), len(row.tokens) - 1
+    ends = {size - len(outcome.tokens) + end for end in outcome.ends}
+    at = {"final": {last}, "steps": ends | {last}, "ends": ends - {last}}[read]
+    out.append(TokenRow(row.tokens, tuple(float(t in at) for t in range(size))))
+  return out
+
+
+def outcome_batches(
+  rows: Sequence[TokenRow],
+  label_N: np.ndarray,
+  *,
+  batch_size: int,
+  seed: int,
+  epoch: int,
+  mesh: Mesh | None = None,
+) -> Iterator[OutcomeBatch]:
+  """One epoch: every row once, in the order and buckets of `training.data.batches`."""
+  for length, members in grouped(
+    [len(row.tokens) for row in rows],
+    batch_size=batch_size,
+    seed=seed,
+    epoch=epoch,
+  ):
+    batch = collate([rows[i] for i in members], batch_size, length)
+    label_B = np.zeros(batch_size, np.float32)
+    label_B[: len(members)] = label_N[members]
+    yield place(OutcomeBatch(batch.tokens, batch.mask, batch.weight, label_B), mesh)
