@@ -5,6 +5,8 @@ Letters: B pairs.
 
 from __future__ import annotations
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -83,14 +85,7 @@ def dpo(
   Source: DPO (arXiv:2305.18290), eq. 7; IPO (arXiv:2310.12036), eq. 17; smoothing
   Mitchell 2023, "A note on DPO with noisy preferences".
   """
-  if kind not in ("dpo", "ipo"):
-    raise ConfigError(f"kind is {kind!r}, not 'dpo' or 'ipo'.")
-  if beta <= 0 or not 0 <= label_smoothing < 0.5:
-    raise ConfigError(
-      f"beta is {beta} (above 0), label_smoothing {label_smoothing} (0 to below 0.5)."
-    )
-  if kind == "ipo" and label_smoothing:
-    raise ConfigError(f"label_smoothing is {label_smoothing}; with 'ipo' it is 0.")
+  check_dpo(beta, kind, label_smoothing)
   valid_B, chosen_B, rejected_B, ref_chosen_B, ref_rejected_B = _real(
     valid_B, chosen_logp_B, rejected_logp_B, ref_chosen_logp_B, ref_rejected_logp_B
   )
@@ -109,6 +104,18 @@ def dpo(
     "rejected_reward": beta * rejected_B,
   }
   return _summed(loss_B, valid_B), _stats(stats, valid_B)
+
+
+def check_dpo(beta: float, kind: str, label_smoothing: float) -> None:
+  """Raises `ConfigError` when these are no settings of `dpo`."""
+  if kind not in ("dpo", "ipo"):
+    raise ConfigError(f"kind is {kind!r}, not 'dpo' or 'ipo'.")
+  if not 0 < beta < math.inf or not 0 <= label_smoothing < 0.5:
+    raise ConfigError(
+      f"beta is {beta} (above 0), label_smoothing {label_smoothing} (0 to below 0.5)."
+    )
+  if kind == "ipo" and label_smoothing:
+    raise ConfigError(f"label_smoothing is {label_smoothing}; with 'ipo' it is 0.")
 
 
 def _real(valid_B, *arrays):
