@@ -233,16 +233,7 @@ class ComposedReward:
       if function.weight:
         judged_B &= known
         total_B += function.weight * np.where(known, value_B, 0.0)
-    config = self.config
-    if config.score_clip is not None:
-      total_B = np.clip(total_B, -config.score_clip, config.score_clip)
-    if config.missing_eos == "penalty":
-      total_B -= np.where(finished_B, 0.0, config.missing_eos_value)
-    elif config.missing_eos == "replace":
-      total_B = np.where(finished_B, total_B, config.missing_eos_value)
-    elif config.missing_eos == "mask":
-      judged_B &= finished_B
-    total_B = np.where(judged_B, total_B, 0.0)
+    total_B, judged_B = settle(total_B, judged_B, finished_B, self.config)
     if (large := np.abs(total_B) > worker.MAX_FLOAT32).any():
       row = int(np.argmax(large))
       raise RewardError(
@@ -272,6 +263,34 @@ class ComposedReward:
 
   def __exit__(self, *error: object) -> None:
     self.close()
+
+
+def settle(
+  total_B: np.ndarray,
+  judged_B: np.ndarray,
+  finished_B: np.ndarray,
+  config: RewardConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Clips scores, then applies the rule for completions that did not end.
+
+  Args:
+    total_B: float [B], scores.
+    judged_B: bool [B], rows that have one.
+    finished_B: bool [B], False where the length limit cut the completion.
+    config: `score_clip` and `missing_eos`.
+
+  Returns:
+    (value [B], 0 where not judged; judged [B]).
+  """
+  if config.score_clip is not None:
+    total_B = np.clip(total_B, -config.score_clip, config.score_clip)
+  if config.missing_eos == "penalty":
+    total_B = total_B - np.where(finished_B, 0.0, config.missing_eos_value)
+  elif config.missing_eos == "replace":
+    total_B = np.where(finished_B, total_B, config.missing_eos_value)
+  elif config.missing_eos == "mask":
+    judged_B = judged_B & finished_B
+  return np.where(judged_B, total_B, 0.0), judged_B
 
 
 def compose(

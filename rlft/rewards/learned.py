@@ -25,6 +25,7 @@ from rlft.models.scalar import (
   last_value,
   token_values,
 )
+from rlft.rewards.contract import RewardConfig, settle
 from rlft.rewards.verifiable import Steps, step_ends
 from rlft.sampling.buckets import bucket
 from rlft.sampling.score import check_rows, in_blocks
@@ -106,6 +107,7 @@ def probability(logit: np.ndarray) -> np.ndarray:
 def reward_model_reward(
   scalar: ScalarModel,
   policy: Policy | None = None,
+  config: RewardConfig | None = None,
   name: str = "reward_model",
   max_tokens: int = 16384,
 ) -> Callable[[Rollout, Sequence[Example]], Reward]:
@@ -116,11 +118,13 @@ def reward_model_reward(
       are sampled (chat template or none).
     policy: that samples; its tokenizer is checked now. Without it, only ids outside the
       vocabulary are found.
+    config: clipping of the score, and the rule for completions that did not end.
     name: in the logs.
     max_tokens: of a block of rows.
 
   Returns:
-    A callable of (rollout, examples): every row is judged; `value` is on the host.
+    A callable of (rollout, examples); `value` is on the host, and `each` has the scores
+    as the model gave them.
 
   Raises:
     ConfigError: another tokenizer, or the model is no reward model.
@@ -130,7 +134,7 @@ def reward_model_reward(
   def reward(rollout: Rollout, examples: Sequence[Example]) -> Reward:
     began = time.perf_counter()
     value_B = final_values(scalar, rollout.tokens, rollout.mask, max_tokens)
-    return _reward(rollout, value_B, None, name, began)
+    return _reward(rollout, value_B, None, config, name, began)
 
   return reward
 
@@ -140,6 +144,7 @@ def orm_reward(
   mode: Literal["final", "step"] = "final",
   steps: Steps | None = None,
   policy: Policy | None = None,
+  config: RewardConfig | None = None,
   name: str = "orm",
   max_tokens: int = 16384,
 ) -> Callable[[Rollout, Sequence[Example]], Reward]:
@@ -153,7 +158,7 @@ def orm_reward(
     orm: an outcome model.
     mode: "final" or "step".
     steps: of "step": the task's, such as `arithmetic.steps`.
-    policy, name, max_tokens: as for `reward_model_reward`.
+    policy, config, name, max_tokens: as for `reward_model_reward`.
 
   Returns:
     A callable of (rollout, examples): `value` [B], and with "step" also `step` [B, C];
@@ -174,7 +179,7 @@ def orm_reward(
     began = time.perf_counter()
     if mode == "final":
       logit_B = final_values(orm, rollout.tokens, rollout.mask, max_tokens)
-      return _reward(rollout, probability(logit_B), None, name, began)
+      return _reward(rollout, probability(logit_B), None, config, name, began)
     ends_BC = step_ends(rollout, orm.tokenizer, steps)
     columns = ends_BC.shape[1]
     value_BT = probability(every_value(orm, rollout.tokens, rollout.mask, max_tokens))
@@ -182,7 +187,8 @@ def orm_reward(
     rows = np.arange(len(last_B))
     step_BC = np.where(ends_BC, value_BT[:, -columns:], np.float32(0))
     step_BC[rows, last_B - (value_BT.shape[1] - columns)] = 0  # `value` pays there
-    return _reward(rollout, value_BT[rows, last_B], step_BC, name, began)
+    value_B = value_BT[rows, last_B]
+    return _reward(rollout, value_B, step_BC, config, name, began)
 
   return reward
 
@@ -194,8 +200,15 @@ def _check_model(scalar: ScalarModel, policy: Policy | None, kind: str) -> None:
     check_same_tokenizer(policy, scalar)
 
 
-def _reward(rollout: Rollout, value_B, step_BC, name: str, began: float) -> Reward:
-  finite_B = np.isfinite(value_B)
+def _reward(
+  rollout: Rollout,
+  score_B: np.ndarray,
+  step_BC: np.ndarray | None,
+  config: RewardConfig | None,
+  name: str,
+  began: float,
+) -> Reward:
+  finite_B = np.isfinite(score_B)
   if step_BC is not None:
     finite_B &= np.isfinite(step_BC).all(1)
   if not finite_B.all():
@@ -204,13 +217,22 @@ def _reward(rollout: Rollout, value_B, step_BC, name: str, began: float) -> Rewa
       f"the reward {name} of row {row} (prompt {rollout.prompt_ids[row]}) is not "
       "finite: the model's weights or its normalisation are damaged"
     )
-  each = {name: value_B}
+  finished_B = np.asarray(rollout.finished, bool)
+  value_B, judged_B = settle(
+    score_B, np.ones(score_B.shape, bool), finished_B, config or RewardConfig()
+  )
+  each = {name: score_B}
   if step_BC is not None:
+    step_BC = np.where(judged_B[:, None], step_BC, np.float32(0))
     each["steps"] = step_BC.sum(1)
   return Reward(
-    value=value_B,
-    judged=np.ones(len(value_B), bool),
+    value=value_B.astype(np.float32),
+    judged=judged_B,
     step=step_BC,
     each=each,
     seconds=time.perf_counter() - began,
+    counts={
+      "not_judged": int((~judged_B).sum()),
+      "truncated": int((~finished_B).sum()),
+    },
   )

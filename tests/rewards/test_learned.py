@@ -16,6 +16,7 @@ from rlft.models.decoder import Decoder, DecoderConfig, init_params
 from rlft.models.hub import Policy
 from rlft.models.scalar import init_scalar, place
 from rlft.rewards import learned
+from rlft.rewards.contract import RewardConfig
 from rlft.tasks import arithmetic
 from rlft.tasks.tokenizer import word_tokenizer
 
@@ -122,6 +123,24 @@ def test_reward_is_the_normalised_value_at_the_last_token(policy, reward_model):
   # Columns and noise under pads change nothing.
   wide = learned.reward_model_reward(reward_model)(rollout(columns=40), EXAMPLES)
   np.testing.assert_allclose(wide.value, reward.value, atol=1e-5)
+
+
+def test_rules_for_scores_and_for_completions_that_did_not_end(reward_model, orm):
+  score = learned.reward_model_reward(reward_model)(rollout(), EXAMPLES).value
+  give = lambda **rule: learned.reward_model_reward(
+    reward_model, config=RewardConfig(**rule)
+  )(rollout(), EXAMPLES)
+  replaced = give(missing_eos="replace", missing_eos_value=-1.0)
+  np.testing.assert_allclose(replaced.value, [*score[:3], -1], atol=1e-6)
+  np.testing.assert_array_equal(replaced.each["reward_model"], score)
+  limit = float(np.abs(score).min()) / 2
+  assert np.abs(give(score_clip=limit).value).tolist() == pytest.approx([limit] * 4)
+  masked = learned.orm_reward(
+    orm, "step", lambda text: [(1, "x")], config=RewardConfig(missing_eos="mask")
+  )(rollout(), EXAMPLES)
+  assert masked.judged.tolist() == FINISHED
+  assert masked.value[3] == 0 and not masked.step[3].any() and masked.step[0].any()
+  assert masked.counts == {"not_judged": 1, "truncated": 1}
 
 
 def test_orm_pays_a_probability_at_the_end(orm):
