@@ -1,4 +1,4 @@
-"""Estimators of sampled evaluation: pass@k, maj@k, rerank@k, bootstrap intervals.
+"""Estimators of sampled evaluation: pass@k, maj@k, rerank@k, best-of-n, intervals.
 
 Letters: P prompts, N samples of a prompt, K samples of a subset, R bootstrap or
 Monte-Carlo repetitions.
@@ -213,6 +213,91 @@ def rerank_subset(
     return rerank(answer_PN, score_PN, gold_P, subset_PN, mode)
 
   return _mean_over_subsets(value_of, valid_PN & ~jnp.isnan(score_PN), k, key, reps)
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def best_of_n_value(
+  reward_PM: jax.Array,
+  valid_PM: jax.Array,
+  n: int,
+  value_PM: jax.Array | None = None,
+) -> jax.Array:
+  """Expected value of the best of n samples, unbiased, from M >= n of them.
+
+      sum_i w_i value_i,  w_i = (C(le_i, n) - C(lt_i, n)) / C(m, n) / (le_i - lt_i)
+
+  with m valid samples, le_i of them of at most sample i's reward and lt_i of less: the
+  mean over all subsets of size n, where samples of equal reward share a place. With a
+  reward that is 0 or 1 it is pass@n. Cost O(P M (M + n)) time, O(P M) memory.
+
+  Args:
+    reward_PM: float [P, M], what chooses; higher is better.
+    valid_PM: bool [P, M], False where a sample does not exist or was not judged: it is
+      not read, and is in no subset.
+    n: static, at least 1.
+    value_PM: float [P, M], what is averaged, such as whether the sample is correct; the
+      reward itself when None.
+
+  Returns:
+    float32 [P]; NaN where m < n, which no estimator can tell.
+
+  Raises:
+    ConfigError: n < 1.
+
+  Source: order statistics of a finite population; for the reward itself Nakano et al.
+  2021 (WebGPT, arXiv:2112.09332), appendix I. Ties are ours.
+  """
+  value_PM = reward_PM if value_PM is None else value_PM
+  chex.assert_rank([reward_PM, valid_PM, value_PM], 2)
+  chex.assert_equal_shape([reward_PM, valid_PM, value_PM])
+  chex.assert_type(valid_PM, bool)
+  _check_k(n)
+  m_P1 = jnp.sum(valid_PM, axis=1, dtype=jnp.int32, keepdims=True)
+
+  def count(sample, carry):
+    less_PM, most_PM = carry
+    one = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=1)
+    reward_P1, valid_P1 = one(reward_PM, sample), one(valid_PM, sample)
+    less_PM += valid_P1 & (reward_P1 < reward_PM)
+    most_PM += valid_P1 & (reward_P1 <= reward_PM)
+    return less_PM, most_PM
+
+  zeros_PM = jnp.zeros(reward_PM.shape, jnp.int32)
+  less_PM, most_PM = jax.lax.fori_loop(
+    0, reward_PM.shape[1], count, (zeros_PM, zeros_PM)
+  )
+
+  def share(size_PM):  # C(size, n) / C(m, n)
+    def times(j, ratio_PM):
+      above_PM = jnp.maximum(size_PM - j, 0).astype(jnp.float32)
+      return ratio_PM * above_PM / jnp.maximum(m_P1 - j, 1)
+
+    return jax.lax.fori_loop(0, n, times, jnp.ones(size_PM.shape, jnp.float32))
+
+  weight_PM = (share(most_PM) - share(less_PM)) / jnp.maximum(most_PM - less_PM, 1)
+  # `where` on the inputs: what is not valid may be NaN.
+  total_P = jnp.sum(
+    jnp.where(valid_PM, weight_PM, 0.0) * jnp.where(valid_PM, value_PM, 0.0), axis=1
+  )
+  return jnp.where(m_P1[:, 0] < n, jnp.nan, total_P)
+
+
+def best_of_n_kl(n: int) -> float:
+  """Most that the best of n samples can be from the policy they come from, in nats.
+
+      KL(best of n || policy) <= log n - (n - 1) / n
+
+  Equal where no two completions have the same reward and none is likely by itself; with
+  few distinct completions or rewards it is far less.
+
+  Args:
+    n: at least 1.
+
+  Source: Beirami et al. 2024 (arXiv:2401.01879), who show that the formula, long given
+  as the KL itself, is an upper bound.
+  """
+  _check_k(n)
+  return math.log(n) - (n - 1) / n
 
 
 def maj_subset_exact(

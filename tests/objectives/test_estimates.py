@@ -336,3 +336,56 @@ def test_rerank_of_subsets_is_near_enumeration(mode):
 def test_wrong_rerank_modes_are_named():
   with pytest.raises(ConfigError, match="'vote'"):
     rerank_of([7], [1.0], mode="vote")
+
+
+# ---------------------------------------------------------------------- best of n
+
+
+def best_by_enumeration(reward, value, n):
+  """The mean over all subsets; equal rewards share a place."""
+  found = []
+  for subset in itertools.combinations(range(len(reward)), n):
+    top = max(reward[i] for i in subset)
+    found.append(np.mean([value[i] for i in subset if reward[i] == top]))
+  return np.mean(found)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_subsets(n):
+  """With ties, samples that are not valid (NaN under them), and another value."""
+  rng = np.random.default_rng(0)
+  reward = rng.integers(0, 3, (4, 6)).astype(np.float32)  # ties
+  reward[0] = rng.normal(size=6)
+  value = rng.normal(size=(4, 6)).astype(np.float32)
+  valid = np.ones((4, 6), bool)
+  valid[2, [1, 4]] = valid[3] = False
+  valid[3, 2] = True
+  hidden = np.where(valid, reward, np.float32(np.nan))
+  hidden_value = np.where(valid, value, np.float32(np.nan))
+  own = np.asarray(estimates.best_of_n_value(hidden, valid, n))
+  other = np.asarray(estimates.best_of_n_value(hidden, valid, n, hidden_value))
+  for row in range(4):
+    r, v = reward[row][valid[row]], value[row][valid[row]]
+    if len(r) < n:
+      assert math.isnan(own[row]) and math.isnan(other[row])
+      continue
+    assert own[row] == pytest.approx(best_by_enumeration(r, r, n), abs=1e-5)
+    assert other[row] == pytest.approx(best_by_enumeration(r, v, n), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 8, 96])
+def test_best_of_n_of_right_or_wrong_is_pass_at_n(n):
+  correct = np.random.default_rng(1).random((8, 96)) < np.linspace(0, 1, 8)[:, None]
+  valid = np.ones(correct.shape, bool)
+  value = estimates.best_of_n_value(correct.astype(np.float32), valid, n)
+  np.testing.assert_allclose(value, estimates.pass_at_k(correct, valid, n), atol=2e-6)
+
+
+def test_best_of_n_kl():
+  assert estimates.best_of_n_kl(1) == 0
+  assert estimates.best_of_n_kl(16) == pytest.approx(2.772589 - 0.9375, abs=1e-6)
+  # Four completions of equal probability and different rewards: well below the bound.
+  p = np.array([(i / 4) ** 3 - ((i - 1) / 4) ** 3 for i in (1, 2, 3, 4)])
+  assert 0.2 < (p * np.log(4 * p)).sum() < estimates.best_of_n_kl(3)
+  with pytest.raises(ConfigError):
+    estimates.best_of_n_kl(0)
