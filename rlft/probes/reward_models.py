@@ -27,7 +27,7 @@ def accuracy(
   max_length: int = 1 << 30,
   chat: bool = False,
   seed: int = 0,
-) -> tuple[float, float, float]:
+) -> dict[str, Any]:
   """Share of pairs whose chosen side has the higher value; equal values count half.
 
   Args:
@@ -38,14 +38,16 @@ def accuracy(
     seed: of the bootstrap, which resamples prompts: pairs of one depend on each other.
 
   Returns:
-    (share, low, high), a 95 % interval.
+    "accuracy": (share, low, high), with a 95 % interval; "pairs": how many were read.
   """
   end = completion_end(scalar.tokenizer, scalar.eos_ids, chat)
   limit = min(max_length, scalar.config.max_positions)
   pairs = encode_pairs(scalar.tokenizer, end, preferences, max_length=limit, chat=chat)
   gap_N = pair_gaps(scalar, pairs)
   prompts = [preferences[pair.source].prompt for pair in pairs]
-  return _interval(np.mean, ((np.sign(gap_N) + 1) / 2,), prompts, seed)
+  wins_N = (np.sign(gap_N) + 1) / 2
+  share = _interval(np.mean, (wins_N,), prompts, seed)
+  return {"accuracy": share, "pairs": len(pairs)}
 
 
 def pair_gaps(scalar: ScalarModel, pairs: Sequence[TokenPair]) -> np.ndarray:
