@@ -36,6 +36,7 @@ from rlft.core.types import Example, Reward, Rollout
 from rlft.models.hub import Policy
 from rlft.models.tokens import add_tokens
 from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
+from rlft.sampling.conditioned import BAD, GOOD, generate_conditioned, label_id
 from rlft.sampling.generate import generate
 from rlft.sampling.stops import compile_stops, decode_completion
 from rlft.training.data import (
@@ -47,8 +48,6 @@ from rlft.training.data import (
 from rlft.training.optimizer import matches
 
 log = logging.getLogger(__name__)
-
-GOOD, BAD = "[GOOD]", "[BAD]"
 
 # Rows of ids to the value of every prefix of each: p(right | row[: t + 1]) at t, NaN
 # where it cannot tell. Of an outcome model: `rewards.learned.row_values` through
@@ -183,46 +182,10 @@ class RCRLResult:
 # ------------------------------------------------------------------ sampling
 
 
-def generate_conditioned(
-  policy: Policy,
-  prompts: Sequence[str] | Sequence[Sequence[int]],
-  *,
-  label: str = GOOD,
-  marks: Sequence[str] = (),
-  **settings: Any,
-) -> Rollout:
-  """`generate` under a label: before the first step, and after each mark.
-
-  Args:
-    policy: a conditioned policy.
-    prompts: as for `generate`.
-    label: GOOD or BAD.
-    marks: those of training with labels per step; none with labels per solution.
-    settings: of `generate`. With marks there can be no `stop`.
-
-  Returns:
-    `Rollout`. Labels are in `tokens`, not in `completion_mask` nor in the texts.
-
-  Raises:
-    ConfigError: the policy does not know the label.
-  """
-  token = _label_id(policy, label)
-  forced = [[token]] * len(prompts)
-  return generate(policy, prompts, forced=forced, again=tuple(marks), **settings)
-
-
 def sampler(config: RCRLConfig, label: str = GOOD) -> Callable[..., Rollout]:
   """How a policy trained so is sampled; `probes.evaluate` takes it as its sampler."""
   marks = config.marks if config.labels == "step" else ()
   return functools.partial(generate_conditioned, label=label, marks=marks)
-
-
-def _label_id(policy: Policy, label: str) -> int:
-  if policy.tokenizer is None or label not in policy.tokenizer.get_vocab():
-    raise ConfigError(
-      f"the policy does not know {label!r}: train it by return-conditioned RL"
-    )
-  return policy.tokenizer.convert_tokens_to_ids(label)
 
 
 # ------------------------------------------------------------------ data
@@ -303,7 +266,8 @@ def run(
     reward: what an outcome is worth (see `rewards.contract`); by default 1 for what
       `config.accept` accepts, else 0. What it cannot judge is left out, and counted.
     orm: of `value="orm"`.
-    on_event: called with ("sample" | "train" | "round", values) for progress.
+    on_event: called with ("sample" | "continue" | "train" | "round", values) for
+      progress.
 
   Returns:
     `RCRLResult`.
@@ -330,7 +294,7 @@ def run(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.train.chat
   )
 
-  def sample(prompts, ids, samples, max_new_tokens, step):
+  def sample(kind, prompts, ids, samples, max_new_tokens, step):
     return generate(
       policy,
       prompts,
@@ -343,7 +307,7 @@ def run(
       prompt_ids=ids,
       purpose=Purpose.ROLLOUT,
       max_rows=config.max_rows,
-      on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
+      on_progress=lambda done, of: tell(kind, {"done": done, "of": of}),
     )
 
   def outcomes(rollout, examples, verdicts=None) -> list[float]:
@@ -355,7 +319,7 @@ def run(
 
   ids = [e.id for e in examples]
   count = config.samples_per_prompt
-  rollout = sample(prompts, ids, count, config.max_new_tokens, 1)
+  rollout = sample("sample", prompts, ids, count, config.max_new_tokens, 1)
   verdicts = judge_all(judge, rollout.completions, examples)
   stats = _sample_stats(rollout, verdicts)
   outcome = outcomes(rollout, examples, verdicts)
@@ -410,7 +374,7 @@ def run(
     Labelled(-1, "", prompt, tokens, tuple(ends), (), (True,) * len(ends))
     for prompt, tokens, ends in (split(rows) if rows else [])
   ]
-  good, bad = (_label_id(conditioned, label) for label in (GOOD, BAD))
+  good, bad = (label_id(conditioned, label) for label in (GOOD, BAD))
   data = [labelled_row(s, good, bad) for s in [*mixed, *solutions]]
   result = sft.train(
     conditioned,
@@ -497,6 +461,7 @@ def _continue(
       places.setdefault(key, len(places))
   k = config.continuations
   rollout = sample(
+    "continue",
     [[*prompts[at], *prefix] for at, prefix in places],
     range(len(places)),
     k,

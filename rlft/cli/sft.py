@@ -20,6 +20,7 @@ from rlft.cli import config as configs
 from rlft.cli import runs, show
 from rlft.cli.progress import Events, counting
 from rlft.probes.evaluate import EvalConfig, evaluate
+from rlft.sampling.generate import generate
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "train on worked solutions (supervised fine-tuning)"
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def evaluate_splits(policy, task, config, splits, prompts, workdir):
+def evaluate_splits(policy, task, config, splits, prompts, workdir, sampler=generate):
   """Evaluates on each split; prints and writes the table and transcripts."""
   judge = runs.judge_of(task)
   found = {}
@@ -81,7 +82,12 @@ def evaluate_splits(policy, task, config, splits, prompts, workdir):
     problems = runs.examples(task, split, prompts)
     with show.progress(f"evaluate {split}", 2 * len(problems)) as advance:
       found[split] = evaluate(
-        policy, problems, judge, config, on_progress=counting(advance)
+        policy,
+        problems,
+        judge,
+        config,
+        sampler=sampler,
+        on_progress=counting(advance),
       )
   names = runs.headline(next(iter(found.values())).report)
   show.table(

@@ -23,13 +23,17 @@ from rlft.models.decoder import param_axes
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
 
-NOISE = 0.01
+# In standard deviations of the old rows. Measured: a row's largest probability at any
+# place of 4 texts, over 1 / V, at noise 0, 0.3 and 1 is 0.2, 0.4 and 2.8 for the mini
+# model, and 0.03, 0.8 and 92,306 (all of it) for SmolLM2-135M. At 0.01 two tokens are
+# nearly one, and training has to tear them apart first.
+NOISE = 0.3
 
 
 def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
   """A policy that knows some more tokens; what it was given stays as it is.
 
-  new row = mean of the old rows + 0.01 * their standard deviation * N(0, 1)
+  new row = mean of the old rows + 0.3 * their standard deviation * N(0, 1)
 
   The tokens are special ones: text is never merged into them, and they are no part of a
   completion's text. An embedding that is padded beyond its tokenizer gives its free
@@ -52,7 +56,7 @@ def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
   Source: Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models:
     the logit of a mean row is at most the log of the mean exp(logit), so N new tokens
     take no more than N / (V + N) of the probability, where rows of another size can
-    take nearly all of it.
+    take nearly all of it. The noise is ours, as large as that bound bears.
   """
   old = policy.tokenizer
   if old is None:

@@ -156,6 +156,32 @@ def test_expert_iteration_writes_its_solutions(tmp_path):
   assert (tmp_path / "after" / "evaluation.json").exists()
 
 
+@pytest.mark.slow
+def test_return_conditioned_asks_for_good_and_for_bad(tmp_path):
+  code = main(
+    [
+      "return-conditioned",
+      "--config=configs/arithmetic_rcrl.py",
+      f"--workdir={tmp_path}",
+      "--config.task.train=8",
+      "--config.eval_prompts=2",
+      "--config.rcrl.samples_per_prompt=4",
+      "--config.rcrl.value=rollouts",
+      "--config.rcrl.continuations=2",
+      "--config.rcrl.threshold=0.1",
+      "--config.rcrl.max_rows=16",
+      "--config.rcrl.train.batch_size=8",
+      *SMALL_EVAL,
+    ]
+  )
+  assert code == 0
+  assert "[GOOD]" in rlft.load(tmp_path / "model").tokenizer.get_vocab()
+  lines = (tmp_path / "solutions.jsonl").read_text().splitlines()
+  assert {"values", "labels", "ends", "text"} <= set(json.loads(lines[0]))
+  for title in ("before", "under_GOOD", "under_BAD"):
+    assert (tmp_path / title / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize(
   ("words", "named"),
   [
@@ -165,6 +191,7 @@ def test_expert_iteration_writes_its_solutions(tmp_path):
     (["sft", "--config.sft.batch_size=many"], "batch_size"),
     (["quickstart", "--seeds=0"], "seeds"),
     (["sample"], "no prompt"),
+    (["return-conditioned", "--config.rcrl.value=orm"], "outcome model"),
     (["sample", "--model=/no/such/place", "x"], "/no/such/place"),
   ],
 )

@@ -140,7 +140,7 @@ def test_new_rows_are_the_mean_and_some_noise(byte_level):
     np.testing.assert_array_equal(new[:known], old)
     for row in new[known:]:
       far = np.abs(row - old.mean(0)) / old.std(0)
-      assert 0.004 < np.sqrt((far**2).mean()) < 0.02
+      assert 0.15 < np.sqrt((far**2).mean()) < 0.5
 
 
 def test_old_tokens_keep_their_odds(policy):
@@ -152,7 +152,7 @@ def test_old_tokens_keep_their_odds(policy):
   new = logits_of(more, tokens)
   np.testing.assert_allclose(new[..., :known], old, atol=1e-5)
   share = np.asarray(jax.nn.softmax(new))[..., known:].sum(-1)
-  assert (share > 0).all() and share.max() < 1.1 * 2 / (known + 2)
+  assert (share > 0).all() and share.max() < 1.5 * 2 / (known + 2)
 
 
 def test_it_comes_back_as_it_was_saved(policy, tmp_path):

@@ -1,0 +1,143 @@
+"""Return-conditioned RL: learn from labelled solutions, then ask for good ones.
+
+  rlft return-conditioned --config=configs/arithmetic_rcrl.py --workdir=runs/rcrl
+  rlft return-conditioned --config.rcrl.labels=step --config.rcrl.marks=, \\
+    --config.rcrl.value=rollouts                       # labels by continuations
+
+Writes the conditioned model (a Hugging Face directory whose tokenizer knows [GOOD] and
+[BAD]), metrics, the labelled solutions, and an evaluation before, under GOOD and under
+BAD into the work directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import rlft
+from rlft.algorithms import return_conditioned as rc
+from rlft.algorithms import sft
+from rlft.cli import config as configs
+from rlft.cli import runs, show
+from rlft.cli.progress import Events
+from rlft.cli.sft import evaluate_splits
+from rlft.core.errors import ConfigError
+from rlft.probes.evaluate import EvalConfig
+from rlft.sampling.generate import generate
+from rlft.training.metrics import MetricWriter
+
+SUMMARY = "learn from good and bad solutions, ask for good ones (return-conditioned RL)"
+
+
+@dataclasses.dataclass(frozen=True)
+class RCRLRun:
+  """Settings of `rlft return-conditioned`.
+
+  Attributes:
+    model: what samples the data.
+    base: the checkpoint that is trained; None takes `model`.
+    rcrl: the method.
+    orm: of `rcrl.value="orm"`: the directory of an outcome model.
+    sft_first: supervised training on the reference solutions before sampling.
+    eval, eval_splits, eval_prompts: of the evaluation before and after.
+  """
+
+  model: runs.ModelConfig = dataclasses.field(default_factory=runs.ModelConfig)
+  base: runs.ModelConfig | None = None
+  mesh: runs.MeshConfig = dataclasses.field(default_factory=runs.MeshConfig)
+  task: runs.TaskConfig = dataclasses.field(default_factory=runs.TaskConfig)
+  rcrl: rc.RCRLConfig = dataclasses.field(default_factory=rc.RCRLConfig)
+  orm: str = ""
+  sft_first: sft.SFTConfig | None = None
+  eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+  eval_splits: tuple[str, ...] = ("test",)
+  eval_prompts: int = 100
+
+  def __post_init__(self):
+    if (self.rcrl.value == "orm") != bool(self.orm):
+      raise ConfigError(
+        f"rcrl.value={self.rcrl.value!r} and orm={self.orm!r}: give the directory of "
+        "an outcome model, and value='orm', or neither"
+      )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  configs.add_arguments(parser, workdir="runs/return_conditioned")
+
+
+def run(args: argparse.Namespace) -> int:
+  config = configs.from_args(args, RCRLRun)
+  workdir = Path(args.workdir)
+  train = runs.train_examples(config.task)
+  rows, judge = runs.text_rows(train), runs.judge_of(config.task)
+  policy = runs.make_policy(config.model, config.mesh)
+  base = runs.make_policy(config.base, config.mesh) if config.base else None
+  orm = orm_of(config.orm, policy) if config.orm else None
+  configs.write_resolved(workdir, config)
+
+  def look(title: str, policy, sampler=generate) -> None:
+    if not config.eval_prompts:
+      return
+    print(f"{title}:")
+    evaluate_splits(
+      policy, config.task, config.eval, config.eval_splits, config.eval_prompts,
+      workdir / title.replace(" ", "_"), sampler,
+    )  # fmt: skip
+
+  look("before", policy)
+  with MetricWriter(workdir) as writer, Events(writer) as on_event:
+    if config.sft_first is not None:
+      policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
+      on_event.close()
+      look("after SFT", policy)
+    result = rc.run(
+      policy, train, judge, config.rcrl, base=base, sft_rows=rows, orm=orm,
+      on_event=on_event,
+    )  # fmt: skip
+  rlft.save(result.policy, workdir / "model")
+  with (workdir / "solutions.jsonl").open("w") as file:
+    for solution in result.solutions:
+      file.write(json.dumps(dataclasses.asdict(solution)) + "\n")
+  names = [name for name in COLUMNS if name in result.stats]
+  show.table(
+    "labelled",
+    [COLUMNS[name] for name in names],
+    [[result.stats[name] for name in names]],
+  )
+  for title, label in (("under GOOD", rc.GOOD), ("under BAD", rc.BAD)):
+    look(title, result.policy, rc.sampler(config.rcrl, label))
+  print(
+    f"{result.sampled_solutions} sampled solutions, {result.update_tokens} tokens in "
+    f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"
+  )
+  return 0
+
+
+def orm_of(path: str, policy) -> rc.ORM:
+  """An outcome model as the value of every prefix."""
+  from rlft.models.scalar import check_same_tokenizer, load_scalar
+  from rlft.rewards.learned import probability, row_values
+
+  scalar = load_scalar(path, mesh=policy.model.mesh)
+  if scalar.kind != "outcome":
+    raise ConfigError(f"{path} is a model of kind {scalar.kind!r}; give an outcome one")
+  check_same_tokenizer(policy, scalar)
+  return lambda rows: [probability(value) for value in row_values(scalar, rows)]
+
+
+COLUMNS = {
+  "samples": "samples",
+  "continuations": "continuations",
+  "correct": "correct",
+  "truncated": "truncated",
+  "not_judged": "not judged",
+  "without_marks": "without marks",
+  "kept_good": "GOOD",
+  "kept_bad": "BAD",
+  "kept_good_labels": "GOOD labels",
+  "kept_bad_labels": "BAD labels",
+  "train_rows": "train rows",
+  "update_tokens": "update tokens",
+}
