@@ -236,6 +236,7 @@ def grpo_sums(
     params.get("policy", base),
     batch.tokens,
     batch.mask,
+    batch.start,
     batch.loss_mask.shape[1],
     temperature,
     params.get("lora"),
@@ -507,6 +508,7 @@ class _Run:
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
+      start=rows.start,
       loss_mask=mask_BC,
       old_logp=old_logp,
       behaviour_logp=rows.logp if weighted else None,

@@ -246,12 +246,9 @@ def policy_sums(
   """
   weights = params.get("policy", base)
   columns = batch.loss_mask.shape[1]
-  hidden_BCE = completion_hidden(
-    model, weights, batch.tokens, batch.mask, columns, params.get("lora")
-  )
-  logp_BC, entropy_BC = hidden_logp(
-    model, weights, hidden_BCE, batch.tokens, batch.mask, temperature
-  )
+  rows = batch.tokens, batch.mask, batch.start
+  hidden_BCE = completion_hidden(model, weights, *rows, columns, params.get("lora"))
+  logp_BC, entropy_BC = hidden_logp(model, weights, hidden_BCE, *rows, temperature)
   (total, denominator), stats = policies.policy_loss(
     logp_BC,
     batch.old_logp,
@@ -313,9 +310,15 @@ def make_value_step(
   """`step(state, RLBatch)` of a separate value model; pure, jitted, donated."""
 
   def sums(params, batch):
-    columns = batch.loss_mask.shape[1]
-    value_BC = scalars.next_values(model, params, batch.tokens, batch.mask, columns)
-    return value_sums(value_BC, loss, batch)
+    hidden_BCE = completion_hidden(
+      model,
+      params["trunk"],
+      batch.tokens,
+      batch.mask,
+      batch.start,
+      batch.loss_mask.shape[1],
+    )
+    return value_sums(scalars.scalar_head(params["head"], hidden_BCE), loss, batch)
 
   return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
 
@@ -559,9 +562,9 @@ class _Run:
       judged = reward(rollout, prompts)
       rollouts.check_reward(judged, rollout)
     with timers.phase("score"):
-      old_logp, ref_logp, value_BT, gap = self._wait(rows, waiting)
+      old_logp, ref_logp, value_BC, gap = self._wait(rows, waiting)
     with timers.phase("advantages"):
-      batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BT)
+      batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BC)
     stats |= rollouts.rollout_metrics(rollout, judged) | gap
     with timers.phase("update"):
       updates = self._update(index, batch, tell)
@@ -599,7 +602,7 @@ class _Run:
     )
 
   def _wait(self, rows: Region, waiting):
-    """(old_logp, ref_logp [B, C], values [B, T], measured mismatch)."""
+    """(old_logp, ref_logp [B, C], values [B, C + 1], measured mismatch)."""
     own, ref, value = waiting
     old_logp, gap = rows.logp, {}
     if own is not None:
@@ -611,7 +614,7 @@ class _Run:
         old_logp = trained
     return old_logp, ref(), value(), gap
 
-  def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp, value_BT):
+  def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp, value_BC):
     """The rows with their advantages, and the numbers that go with them."""
     config = self.config
     columns = rows.columns
@@ -626,11 +629,9 @@ class _Run:
       reward_BC = reward_BC + judged.step[:, :columns]
     bootstrap_B = np.zeros(len(score_B), np.float32)
     if config.truncated == "bootstrap":
-      width = rows.mask.shape[1]
-      last = width - 1 - np.argmax(rows.mask[:, ::-1], axis=1)
-      after = np.take_along_axis(value_BT, last[:, None], axis=1)[:, 0]
-      bootstrap_B = np.where(rollout.finished, 0.0, after).astype(np.float32)
-    value_BC = np.where(rows.mask[:, -columns:], value_BT[:, -columns - 1 : -1], 0.0)
+      after_B = np.take_along_axis(value_BC, rollout.lengths[:, None], axis=1)[:, 0]
+      bootstrap_B = np.where(rollout.finished, 0.0, after_B).astype(np.float32)
+    value_BC = np.where(rows.chosen, value_BC[:, :columns], np.float32(0))
     if self.begins_at_reference and not self.begun:
       facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
     found = estimate_advantages(
@@ -643,6 +644,7 @@ class _Run:
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
+      start=rows.start,
       loss_mask=mask_BC,
       old_logp=old_logp,
       behaviour_logp=rows.logp if weighted else None,

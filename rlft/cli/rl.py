@@ -79,9 +79,9 @@ def make_reward_of(
   if choice.learned:
     model = model or load_scalar(choice.model, mesh=policy.model.mesh)
     if choice.kind == "reward_model":
-      return reward_model_reward(model, policy)
+      return reward_model_reward(model, policy, choice.config)
     mode = "step" if choice.kind == "orm_dense" else "final"
-    return orm_reward(model, mode, steps, policy)
+    return orm_reward(model, mode, steps, policy, choice.config)
   dense = step_match(steps, policy.tokenizer) if choice.kind == "dense" else None
   return make_reward(runs.judge_of(task), choice.accept, choice.config, step=dense)
 
@@ -136,7 +136,7 @@ def show_result(name: str, result: Any, workdir: Path) -> None:
   show.table(
     f"{name}: first and last of {len(result.iterations)} iterations",
     ["", "first", "last"],
-    [[row, first[row], last[row]] for row in SUMMARY_ROWS if row in first],
+    [[row, first[row], last.get(row)] for row in SUMMARY_ROWS if row in first],
   )
   curve = lambda key: [
     (one["sampled_solutions"], one[key]) for one in result.iterations if key in one

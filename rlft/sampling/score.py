@@ -79,29 +79,29 @@ def completion_hidden(
   params: dict,
   tokens_BT: jax.Array,
   mask_BT: jax.Array,
+  start_B: jax.Array,
   columns: int,
   lora: dict | None = None,
 ) -> jax.Array:
-  """Hidden states from which the last `columns` tokens of each row were chosen.
+  """Hidden states from which the `columns` tokens from `start` on were chosen.
 
-  Rows are those of a `Rollout`: a left-padded prompt, then the completion, so that the
-  state before the token in a column is that of the column to its left. The head of a
-  loss is computed on the completion only.
+  A row is a prompt, then at once its completion: the state before a token is that of
+  the token to its left. So the heads of a loss are computed on completions only.
 
   Args:
     model: the decoder.
     params: its parameters.
     tokens_BT: int32; anything may lie under a pad.
     mask_BT: bool, True on real tokens.
-    columns: C, static; at least one prompt column stands before them.
+    start_B: int32, index of each row's first completion token, at least 1.
+    columns: C, static; a row may end before `start + columns`.
     lora: see `models.lora`.
 
   Returns:
     [B, C, E], in the model's dtype.
   """
-  chex.assert_rank([tokens_BT, mask_BT], 2)
+  chex.assert_rank([tokens_BT, mask_BT, start_B], [2, 2, 1])
   chex.assert_equal_shape([tokens_BT, mask_BT])
-  assert 0 < columns < tokens_BT.shape[1], (columns, tokens_BT.shape)
   variables = {"params": params} if lora is None else {"params": params, "lora": lora}
   hidden_BTE = model.apply(
     variables,
@@ -109,7 +109,15 @@ def completion_hidden(
     positions_from_mask(mask_BT),
     mask_BT,
   ).hidden
-  return hidden_BTE[:, -columns - 1 : -1]
+  return _from(hidden_BTE, start_B - 1, columns)
+
+
+def _from(x_BT: jax.Array, start_B: jax.Array, columns: int) -> jax.Array:
+  """x[b, start[b] : start[b] + columns], 0 beyond the end of a row."""
+  # Slices, not a gather of single elements, whose gradient would be a slow scatter.
+  grow = ((0, 0), (0, columns)) + ((0, 0),) * (x_BT.ndim - 2)
+  take = lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, columns)
+  return jax.vmap(take)(jnp.pad(x_BT, grow), start_B)
 
 
 def completion_logp(
@@ -117,24 +125,29 @@ def completion_logp(
   params: dict,
   tokens_BT: jax.Array,
   mask_BT: jax.Array,
+  start_B: jax.Array,
   columns: int,
   temperature: jax.Array | float = 1.0,
   lora: dict | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities of a rollout's completions, and entropies; differentiable.
+  """Log-probabilities of completions, and entropies; differentiable.
 
-  The same numbers as `token_logp` in the last `columns` columns, where only the
-  completion passes through the head.
+  The same numbers as `token_logp` from each row's `start` on, where only the completion
+  passes through the head.
 
   Args:
-    model, params, tokens_BT, mask_BT, columns, lora: see `completion_hidden`.
+    model, params, tokens_BT, mask_BT, start_B, columns, lora: see `completion_hidden`.
     temperature: scalar or [B], positive: the one that sampled.
 
   Returns:
     (logp_BC, entropy_BC), float32, nats; 0 where masked.
   """
-  hidden_BCE = completion_hidden(model, params, tokens_BT, mask_BT, columns, lora)
-  return hidden_logp(model, params, hidden_BCE, tokens_BT, mask_BT, temperature)
+  hidden_BCE = completion_hidden(
+    model, params, tokens_BT, mask_BT, start_B, columns, lora
+  )
+  return hidden_logp(
+    model, params, hidden_BCE, tokens_BT, mask_BT, start_B, temperature
+  )
 
 
 def hidden_logp(
@@ -143,12 +156,13 @@ def hidden_logp(
   hidden_BCE: jax.Array,
   tokens_BT: jax.Array,
   mask_BT: jax.Array,
+  start_B: jax.Array,
   temperature: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """`completion_logp` of what `completion_hidden` gave, where other heads read it too."""
+  """`completion_logp` of the states that `completion_hidden` gave."""
   columns = hidden_BCE.shape[1]
-  mask_BC = mask_BT[:, -columns:]
-  targets_BC = jnp.where(mask_BC, tokens_BT[:, -columns:], 0)
+  mask_BC = _from(mask_BT, start_B, columns)
+  targets_BC = jnp.where(mask_BC, _from(tokens_BT, start_B, columns), 0)
   logp_BC, entropy_BC = lm_logp(
     params, model.config, hidden_BCE, targets_BC, temperature, with_entropy=True
   )

@@ -26,10 +26,10 @@ from rlft.core.mesh import batch_shards
 from rlft.core.rng import Purpose
 from rlft.core.types import Example, Reward, Rollout
 from rlft.models.hub import Policy
-from rlft.models.scalar import ScalarModel, token_values
+from rlft.models.scalar import ScalarModel, scalar_head
 from rlft.sampling.buckets import bucket
 from rlft.sampling.generate import generate
-from rlft.sampling.score import completion_logp
+from rlft.sampling.score import completion_hidden, completion_logp
 from rlft.training.data import encode_prompts, place
 
 RewardOf = Callable[[Rollout, Sequence[Example]], Reward]
@@ -40,7 +40,8 @@ class RLBatch:
   """Rows of a rollout with what a policy or value loss needs; None where unused.
 
   Attributes:
-    tokens, mask: [B, T], a left-padded prompt, then the completion.
+    tokens, mask: [B, T], a prompt, at once its completion, then padding.
+    start: int32 [B], where the completion begins.
     loss_mask: bool [B, C], tokens that the policy chose, of rows that train.
     old_logp: float32 [B, C], of the policy before this iteration's updates.
     behaviour_logp: float32 [B, C], of the sampler.
@@ -50,6 +51,7 @@ class RLBatch:
 
   tokens: Any
   mask: Any
+  start: Any
   loss_mask: Any
   old_logp: Any
   advantage: Any
@@ -61,10 +63,11 @@ class RLBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-  """The rows of a rollout, trimmed to the columns that are used.
+  """The rows of a rollout without the padding inside them, as training takes them.
 
   Attributes:
-    tokens, mask: [B, T].
+    tokens, mask: [B, T], a prompt, at once its completion, then padding.
+    start: int32 [B], where the completion begins.
     chosen: bool [B, C], tokens that the policy chose.
     logp: float32 [B, C], of the sampler, under temperature only.
     columns: C.
@@ -72,6 +75,7 @@ class Region:
 
   tokens: np.ndarray
   mask: np.ndarray
+  start: np.ndarray
   chosen: np.ndarray
   logp: np.ndarray
   columns: int
@@ -140,16 +144,26 @@ def prompt_columns(rollout: Rollout) -> int:
 
 
 def region(rollout: Rollout) -> Region:
-  """Trims a rollout to the bucket of its longest completion."""
-  at = prompt_columns(rollout)
-  total = rollout.tokens.shape[1]
+  """Rows moved to the left, in the buckets of the longest row and completion.
+
+  Sampling pads prompts on the left and completions on the right, each to its own
+  longest; a row has less than half of both on most tasks.
+  """
+  at, total = prompt_columns(rollout), rollout.tokens.shape[1]
   columns = min(bucket(int(rollout.lengths.max())), total - at)
-  end = at + columns
+  longest = int((rollout.prompt_lengths + rollout.lengths).max())
+  width = min(bucket(longest), at + columns)
+  shift_B1 = (at - rollout.prompt_lengths)[:, None]
+  index_BT = np.minimum(np.arange(width) + shift_B1, total - 1)
+  mask_BT = np.take_along_axis(rollout.mask, index_BT, axis=1)
+  mask_BT &= np.arange(width) + shift_B1 < total
+  tokens_BT = np.take_along_axis(rollout.tokens, index_BT, axis=1)
   return Region(
-    tokens=rollout.tokens[:, :end],
-    mask=rollout.mask[:, :end],
-    chosen=rollout.completion_mask[:, at:end],
-    logp=rollout.raw_logp[:, at:end],
+    tokens=np.where(mask_BT, tokens_BT, 0).astype(np.int32),
+    mask=mask_BT,
+    start=rollout.prompt_lengths.astype(np.int32),
+    chosen=rollout.completion_mask[:, at : at + columns],
+    logp=rollout.raw_logp[:, at : at + columns],
     columns=columns,
   )
 
@@ -227,13 +241,18 @@ def join_groups(
 
 
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames="columns")
-def _logp_block(model, params, lora, tokens, mask, temperature, *, columns):
-  return completion_logp(model, params, tokens, mask, columns, temperature, lora)[0]
+def _logp_block(model, params, lora, tokens, mask, start, temperature, *, columns):
+  logp_BC, _ = completion_logp(
+    model, params, tokens, mask, start, columns, temperature, lora
+  )
+  return logp_BC
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def _value_block(model, params, tokens, mask):
-  return token_values(model, params, tokens, mask)
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames="columns")
+def _value_block(model, params, tokens, mask, start, *, columns):
+  # One column more than there are tokens: the last state's value is of use too.
+  hidden = completion_hidden(model, params["trunk"], tokens, mask, start, columns + 1)
+  return scalar_head(params["head"], hidden)
 
 
 def start_logp(
@@ -262,8 +281,12 @@ def start_logp(
 def start_values(
   scalar: ScalarModel, rows: Region, max_tokens: int = 16384
 ) -> Callable[[], np.ndarray]:
-  """Starts the values [B, T] after every token on the device; see `start_logp`."""
-  run = lambda *block: _value_block(scalar.model, scalar.params, *block)
+  """Starts the values [B, C + 1] of the states before each token, and after C of them;
+  see `start_logp`.
+  """
+  run = lambda *block: _value_block(
+    scalar.model, scalar.params, *block, columns=rows.columns
+  )
   return _start(run, scalar.model.mesh, rows, max_tokens)
 
 
@@ -276,12 +299,13 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
   size = -(-count // blocks)  # even blocks: less padding in the last one
   size = -(-size // shards) * shards
   out = []
-  for start in range(0, count, size):
-    block = rows.tokens[start : start + size], rows.mask[start : start + size]
+  for first in range(0, count, size):
+    block = [x[first : first + size] for x in (rows.tokens, rows.mask, rows.start)]
     short = size - len(block[0])
     if short:
-      block = tuple(np.pad(x, ((0, short), (0, 0)), mode="edge") for x in block)
-    out.append(run(*place(block, mesh)))
+      grow = lambda x, short=short: ((0, short),) + ((0, 0),) * (x.ndim - 1)
+      block = [np.pad(x, grow(x), mode="edge") for x in block]
+    out.append(run(*place(tuple(block), mesh)))
   return lambda: np.concatenate([np.asarray(x) for x in out])[:count]
 
 

@@ -226,3 +226,22 @@ def test_bfloat16_is_close(policy):
   tokens, mask = rows_of()
   difference = rlft.score(low, tokens, mask) - rlft.score(policy, tokens, mask)
   assert 0 < np.exp(np.abs(difference[mask])).mean() - 1 < 0.05
+
+
+def test_completions_alone_have_the_same_numbers(policy):
+  """Rows of a prompt and its completion: only the completion passes the head."""
+  tokens, _ = rows_of()
+  lengths, start = np.array([9, 16, 12, 5]), np.array([3, 10, 11, 1])
+  mask = np.arange(16) < lengths[:, None]
+  whole = rlft.score(policy, tokens, mask, temperature=0.7)
+  tokens = np.where(mask, tokens, 10**6)  # what lies under a pad is not read
+  run = quick(functools.partial(module.completion_logp, policy.model), static_argnums=4)
+  for columns in (6, 8):  # row 1 ends where its columns do, and before
+    logp, entropy = run(policy.params, tokens, mask, start, columns, 0.7)
+    for i in range(4):
+      own = lengths[i] - start[i]
+      np.testing.assert_allclose(
+        logp[i, :own], whole[i, start[i] : lengths[i]], atol=2e-5
+      )
+      assert not logp[i, own:].any() and not entropy[i, own:].any()
+      assert (entropy[i, :own] > 0).all()
