@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -136,7 +136,7 @@ class DPOResult:
     accuracies: share of an update's pairs in the right order by implicit reward, before
       it; equal rewards count half.
     margins: mean difference of the implicit rewards, before every update.
-    before, after: of the held-out pairs; None without any.
+    before, after: of each held-out set, by name.
     steps: updates.
     pairs, dropped: pairs that were trained on, and that were not.
     seconds: wall clock, compilation included.
@@ -147,8 +147,8 @@ class DPOResult:
   losses: list[float]
   accuracies: list[float]
   margins: list[float]
-  before: HeldOut | None
-  after: HeldOut | None
+  before: dict[str, HeldOut]
+  after: dict[str, HeldOut]
   steps: int
   pairs: int
   dropped: int
@@ -310,7 +310,7 @@ def train(
   preferences: Sequence[Preference],
   config: DPOConfig,
   reference: Policy | None = None,
-  dev: Sequence[Preference] | None = None,
+  dev: Mapping[str, Sequence[Preference]] | None = None,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> DPOResult:
@@ -322,7 +322,7 @@ def train(
     config: see `DPOConfig`.
     reference: of the same tokenizer; the policy at the start when None (with adapters:
       their base).
-    dev: held-out pairs, looked at before and after.
+    dev: held-out sets by name, looked at before and after.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
     on_progress: called with (pairs done, pairs to do) of the reference's pass.
@@ -344,7 +344,9 @@ def train(
     chat=config.chat,
   )
   pairs = encode(preferences)
-  held = encode(dev) if dev else []
+  dev = dev or {}
+  held = {name: encode(rows) for name, rows in dev.items()}
+  asked = [pair for rows in held.values() for pair in rows]
   planned = math.ceil(len(pairs) / config.batch_size) * config.epochs
   trainee = Trainee(
     policy,
@@ -361,13 +363,22 @@ def train(
     model = reference.model.clone(dtype=start.model.dtype)
     other = dataclasses.replace(reference, model=model)
   logp = functools.partial(pair_logp, kind=config.kind, batch_size=config.batch_size)
-  ref_N2 = logp(other, [*pairs, *held], on_progress=on_progress)
+  ref_N2 = logp(other, [*pairs, *asked], on_progress=on_progress)
   reference_seconds = time.perf_counter() - began
-  held_ref_N2, ref_N2 = ref_N2[len(pairs) :], ref_N2[: len(pairs)]
-  look = functools.partial(_held_out, held, dev, config.beta, held_ref_N2)
-  before = after = None
+  ref_N2, asked_ref_N2 = ref_N2[: len(pairs)], ref_N2[len(pairs) :]
+
+  def look(logp_N2) -> dict[str, HeldOut]:
+    out, at = {}, 0
+    for name, rows in held.items():
+      own = slice(at, at + len(rows))
+      prompts = [dev[name][pair.source].prompt for pair in rows]
+      out[name] = _held_out(prompts, config.beta, asked_ref_N2[own], logp_N2[own])
+      at += len(rows)
+    return out
+
+  before = after = {}
   if held:
-    before = look(held_ref_N2 if reference is None else logp(start, held))
+    before = look(asked_ref_N2 if reference is None else logp(start, asked))
 
   step = make_train_step(
     start.model,
@@ -407,7 +418,7 @@ def train(
   report(waiting)
   if held:
     trained, lora = trainee.adapted()
-    after = look(logp(trained, held, lora=lora))
+    after = look(logp(trained, asked, lora=lora))
   return DPOResult(
     policy=dataclasses.replace(trainee.export(), model=policy.model),
     losses=[m["loss"] for m in read],
@@ -459,18 +470,12 @@ def check_first_update(loss: float, config: DPOConfig) -> None:
 
 
 def _held_out(
-  pairs: Sequence[TokenPair],
-  preferences: Sequence[Preference],
-  beta: float,
-  ref_N2: np.ndarray,
-  logp_N2: np.ndarray,
+  prompts: Sequence[str], beta: float, ref_N2: np.ndarray, logp_N2: np.ndarray
 ) -> HeldOut:
   """What the log-probabilities of policy and reference say of held-out pairs."""
   gap_N = logp_N2[:, 0] - logp_N2[:, 1]
   h_N = gap_N - (ref_N2[:, 0] - ref_N2[:, 1])
-  _, prompt_N = np.unique(
-    [preferences[pair.source].prompt for pair in pairs], return_inverse=True
-  )
+  _, prompt_N = np.unique(prompts, return_inverse=True)
 
   def interval(value_N) -> Interval:
     value_P = np.bincount(prompt_N, value_N) / np.bincount(prompt_N)
@@ -480,5 +485,5 @@ def _held_out(
     accuracy=interval((np.sign(h_N) + 1) / 2),
     margin=interval(beta * h_N),
     likelier=interval((np.sign(gap_N) + 1) / 2),
-    pairs=len(pairs),
+    pairs=len(prompts),
   )

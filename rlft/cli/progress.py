@@ -24,7 +24,7 @@ class Events:
   """Takes the events of an algorithm: a bar for each phase, and its metrics recorded.
 
   Used as `with Events(writer, "ei") as on_event`. Events are ("sample", {done, of}),
-  ("continue", {done, of}), ("train", {step, of, **metrics}) and ("round", statistics).
+  others of that form, ("train", {step, of, **metrics}) and ("round", statistics).
   """
 
   def __init__(self, writer: MetricWriter, name: str = ""):
@@ -50,7 +50,7 @@ class Events:
     if kind != self._kind:
       self.close()
       self._open(kind, values["of"])
-    if kind in ("sample", "continue"):
+    if "done" in values:
       self._count(values["done"], values["of"])
     else:
       self._updates += 1

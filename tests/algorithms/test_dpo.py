@@ -57,12 +57,12 @@ def trained(policy, pairs):
     policy,
     pairs,
     CONFIG,
-    dev=bigger_answers(1000, 60),
+    dev={"other": bigger_answers(2000, 9), "held": bigger_answers(1000, 60)},
     on_progress=lambda done, of: seen.append((done, of)),
   )
   jax.tree.map(np.testing.assert_array_equal, policy.params, before)
   # Every pair, held out or not, once through the reference.
-  assert seen[-1] == (188, 188) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+  assert seen[-1] == (197, 197) and [d for d, _ in seen] == sorted(d for d, _ in seen)
   return result
 
 
@@ -100,13 +100,15 @@ def test_learns_an_order_that_holds_for_other_pairs(trained):
   assert trained.losses[0] == pytest.approx(math.log(2), abs=1e-5)
   assert trained.accuracies[0] == 0.5 and trained.margins[0] == 0
   assert np.mean(trained.losses[-3:]) < 0.6
-  assert trained.before.accuracy == pytest.approx((0.5, 0.5, 0.5))
-  assert trained.before.margin == (0, 0, 0)
-  assert trained.after.pairs == 60
-  share, low, high = trained.after.accuracy
+  before, after = trained.before["held"], trained.after["held"]
+  assert trained.after["other"].pairs == 9
+  assert before.accuracy == pytest.approx((0.5, 0.5, 0.5))
+  assert before.margin == (0, 0, 0)
+  assert after.pairs == 60
+  share, low, high = after.accuracy
   assert 0.7 < low <= share <= high <= 1
-  assert trained.after.margin[1] > 0
-  assert trained.after.likelier[0] > trained.before.likelier[0]
+  assert after.margin[1] > 0
+  assert after.likelier[0] > before.likelier[0]
   assert trained.reference_seconds < trained.seconds
 
 
@@ -114,10 +116,10 @@ def test_learns_an_order_that_holds_for_other_pairs(trained):
 def test_an_update_moves_the_chosen_side_up_relative_to_the_other(policy, pairs, kind):
   few = pairs[:8]
   config = dataclasses.replace(CONFIG, kind=kind)
-  result = dpo.train(policy, few, config, dev=few)
+  result = dpo.train(policy, few, config, dev={"same": few})
   assert result.steps == 1
-  assert result.before.margin[0] == 0 < result.after.margin[1]
-  assert result.after.accuracy[0] > 0.8
+  assert result.before["same"].margin[0] == 0 < result.after["same"].margin[1]
+  assert result.after["same"].accuracy[0] > 0.8
 
 
 def test_micro_batches_and_epochs(policy, pairs):
@@ -203,7 +205,7 @@ def test_pairs_that_teach_nothing(policy, pairs, caplog):
     dpo.train(policy, [*pairs[:3], equal], CONFIG)
   blank = dataclasses.replace(pairs[3], chosen=" ")
   with pytest.raises(DataError, match="id 3 has a blank side"):
-    dpo.train(policy, pairs[:3], CONFIG, dev=[blank])
+    dpo.train(policy, pairs[:3], CONFIG, dev={"held": [blank]})
   with pytest.raises(DataError, match="no preferences"):
     dpo.train(policy, [], CONFIG)
   short = dataclasses.replace(CONFIG, max_length=4)
@@ -271,10 +273,12 @@ def test_real_preferences(policy, data_dir):
   found = sorted(found, key=size)[:30]
   rest, held = preferences.hold_out(found, 0.3)
   config = dataclasses.replace(CONFIG, max_length=128)
-  result = dpo.train(policy, rest, config, dev=held)
+  result = dpo.train(policy, rest, config, dev={"held": held})
   assert result.pairs + result.dropped == len(rest) and result.pairs >= 5
   assert result.losses[0] == pytest.approx(math.log(2), abs=1e-4)
-  assert np.isfinite(result.losses).all() and 0 < result.after.pairs <= len(held)
+  assert np.isfinite(result.losses).all() and 0 < result.after["held"].pairs <= len(
+    held
+  )
   encoded = encode_pairs(
     policy.tokenizer, policy.eos_ids[0], rest, max_length=config.max_length
   )
