@@ -1,7 +1,7 @@
 """Return-conditioned RL: learn from labelled solutions, then ask for good ones.
 
   rlft return-conditioned --config=configs/arithmetic_rcrl.py --workdir=runs/rcrl
-  rlft return-conditioned --config.rcrl.labels=step --config.rcrl.marks=, \\
+  rlft return-conditioned --config=configs/arithmetic_rcrl.py \\
     --config.rcrl.value=rollouts                       # labels by continuations
 
 Writes the conditioned model (a Hugging Face directory whose tokenizer knows [GOOD] and
