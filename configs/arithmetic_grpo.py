@@ -1,5 +1,7 @@
 """GRPO and its relatives on the embedded mini model and generated word problems.
 
+Writes the improved model, every metric of every iteration and a plot:
+
   rlft grpo --config=configs/arithmetic_grpo.py --workdir=runs/grpo
   rlft grpo --config=configs/arithmetic_grpo.py:dapo --workdir=runs/dapo
 """

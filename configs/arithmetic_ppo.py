@@ -1,5 +1,7 @@
 """PPO on the embedded mini model and generated word problems.
 
+Writes the improved model, every metric of every iteration and a plot:
+
   rlft ppo --config=configs/arithmetic_ppo.py --workdir=runs/ppo
   rlft ppo --config=configs/arithmetic_ppo.py:dense --workdir=runs/ppo_dense
 """

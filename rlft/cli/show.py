@@ -23,8 +23,11 @@ Interval = tuple[float, float, float]  # estimate, lower bound, upper bound
 Advance = Callable[..., None]  # advance(count=1, **numbers to show)
 
 # Distinct in grey print and to colour-blind eyes (Okabe and Ito).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
-_MARKERS = "osD^vP*"
+COLOURS = (
+  "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999",
+  "#000000", "#882255", "#F0E442",
+)  # fmt: skip
+_MARKERS = "osD^vP*X<>"
 
 
 @contextlib.contextmanager
@@ -126,14 +129,15 @@ def table(
     grid.add_column(column, justify="right" if i else "left", no_wrap=True)
   for row in rows:
     # Text, not a str: rich would read "[0.36, 0.46]" as markup.
-    grid.add_row(*(text.Text(_cell(value)) for value in row))
+    grid.add_row(*(text.Text(cell(value)) for value in row))
   stream = sys.stdout if stream is None else stream
   # In a log there is no width to fit: rich would assume 80 and cut cells off.
   width = None if stream.isatty() else 200
   console.Console(file=stream, width=width).print(grid)
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+  """A value as tables show it."""
   if value is None:
     return "-"
   if isinstance(value, tuple):

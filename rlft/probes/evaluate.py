@@ -83,6 +83,7 @@ def evaluate(
   *,
   known_chains: Mapping[int, Collection[reasoning.Chain]] | None = None,
   sampler: Callable[..., Rollout] = generate,
+  score: Callable[[list[list[int]]], Sequence[float]] | None = None,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
   """Evaluates a policy: greedy@1, maj@k, pass@k, chains, luck.
@@ -94,6 +95,8 @@ def evaluate(
     config: see `EvalConfig`. Two policies evaluated under one seed see the same noise.
     known_chains: chains that are not novel, see `probes.reasoning.report`.
     sampler: called as `generate` is; of a policy that is conditioned, say.
+    score: of rows of ids, a prompt and what was chosen after it; adds rerank@k and
+      weighted@k to the report.
     on_progress: called with (prompts done, prompts to do); each counts twice.
 
   Returns:
@@ -124,6 +127,12 @@ def evaluate(
   greedy = sample(1, 0.0, 0)
   drawn = sample(k, config.temperature, count)
   verdicts = judge_all(judge, drawn.completions, examples)
+  scores = None
+  if score is not None:
+    chosen = zip(drawn.tokens, drawn.completion_mask)
+    scores = score(
+      [[*prompts[i // k], *row[mask].tolist()] for i, (row, mask) in enumerate(chosen)]
+    )
   rows = lambda flat: [flat[i * k : (i + 1) * k] for i in range(count)]
   greedy_verdicts = judge_all(judge, greedy.completions, examples)
   report = reasoning.report(
@@ -133,6 +142,7 @@ def evaluate(
     ks=config.ks,
     seed=config.seed,
     known_chains=known_chains,
+    scores=None if scores is None else rows(scores),
   )
   return Evaluation(
     report=report,
