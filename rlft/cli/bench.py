@@ -4,6 +4,9 @@ rlft bench sample                                  # shape S, random weights
 rlft bench sample --shape=shared                   # 8 samples of each 512-token prompt
 rlft bench sample --model=smollm2 --rows=32 --new=64
 rlft bench train --rows=32 --length=192 --json=bench.json
+rlft bench grpo                                    # 4 prompts x 8 samples
+rlft bench ppo --remat=full                        # value model, reference, one epoch
+rlft bench reward                                  # a reward model scoring rollouts
 
 Every row runs to its full length. One call warms up (what it takes longer is the
 compilation); the table has the median, the least and the most of the others. "bound" is
@@ -30,7 +33,7 @@ import numpy as np
 
 import rlft
 from rlft.algorithms.sft import make_train_step
-from rlft.cli import runs, show
+from rlft.cli import bench_rl, runs, show
 from rlft.core import rng
 from rlft.core.errors import ConfigError
 from rlft.models.decoder import Decoder, DecoderConfig, init_params, param_shapes
@@ -60,7 +63,7 @@ SHAPES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  kinds = parser.add_subparsers(dest="kind", required=True, metavar="sample|train")
+  kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
   sample = kinds.add_parser("sample", help="rlft.generate, end to end")
   sample.add_argument("--shape", choices=SHAPES, default="S", help="of the defaults")
   sample.add_argument("--rows", type=int, help="prompts x samples")
@@ -72,7 +75,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   train.add_argument("--length", type=int, default=192, help="tokens of a row")
   train.add_argument("--micro_batches", type=int, default=1)
   train.add_argument("--remat", choices=("none", "full", "dots"), default="none")
-  for one in (sample, train):
+  rl = [
+    kinds.add_parser(kind, help=text)
+    for kind, text in (
+      ("grpo", "one iteration of GRPO, by phase"),
+      ("ppo", "one iteration of PPO, by phase"),
+      ("reward", "a reward model scoring rollouts"),
+    )
+  ]
+  for one in rl:
+    one.add_argument("--rows", type=int, default=32, help="prompts x samples")
+    one.add_argument("--samples", type=int, default=8, help="of each prompt")
+    one.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    one.add_argument("--new", type=int, default=128, help="tokens sampled by each row")
+    one.add_argument("--micro_batches", type=int, default=1)
+    one.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+  for one in (sample, train, *rl):
     one.add_argument(
       "--model",
       default="S",
@@ -98,17 +116,19 @@ def run(args: argparse.Namespace) -> int:
     policy = runs.make_policy(runs.ModelConfig(path=args.model), runs.MeshConfig())
     # Without an end of sequence every row runs to its full length.
     policy = dataclasses.replace(policy, tokenizer=None, eos_ids=())
-  measure = _sample if args.kind == "sample" else _train
-  tokens, call, flops, traffic = measure(policy, sizes, args)
-
-  began = time.perf_counter()
-  call(0)
-  first = time.perf_counter() - began
-  seconds = []
-  for i in range(args.repeats):
-    began = time.perf_counter()
-    call(i + 1)
-    seconds.append(time.perf_counter() - began)
+  by_phase = None
+  if args.kind in ("grpo", "ppo"):
+    tokens, flops, traffic = _iteration_work(policy, sizes, args.kind)
+    found = bench_rl.iterations(policy, args.kind, sizes, args)
+    by_phase = bench_rl.phases(found)
+    each = [
+      sum(one[f"time/{p}"] for p in by_phase if f"time/{p}" in one) for one in found
+    ]
+    first, seconds = each[0], each[1:]
+  else:
+    measure = {"sample": _sample, "train": _train, "reward": _reward}[args.kind]
+    tokens, call, flops, traffic = measure(policy, sizes, args)
+    first, *seconds = [_seconds(call, i) for i in range(args.repeats + 1)]
   median = statistics.median(seconds)
   memory, memory_of = _peak_memory()
   peak_flops, peak_bytes = _ceilings(args.dtype)
@@ -129,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     },
     "seconds": seconds,
     "compile_seconds": max(0.0, first - median),
+    **({"phases": by_phase} if by_phase else {}),
     "peak_memory_bytes": memory,
     "peak_memory_of": memory_of,
     "gflops_per_second": flops / median / 1e9,
@@ -144,9 +165,17 @@ def run(args: argparse.Namespace) -> int:
     "jax": jax.__version__,
   }
   _show(result, sizes)
+  if by_phase:
+    bench_rl.show_phases(by_phase)
   if args.json:
     runs.write_json(args.json, result)
   return 0
+
+
+def _seconds(call: Callable[[int], Any], step: int) -> float:
+  began = time.perf_counter()
+  call(step)
+  return time.perf_counter() - began
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, int]:
@@ -155,6 +184,9 @@ def _sizes(args: argparse.Namespace) -> dict[str, int]:
     sizes = {
       "rows": args.rows, "length": args.length, "micro_batches": args.micro_batches
     }  # fmt: skip
+  elif args.kind != "sample":
+    names = ("rows", "samples", "prompt", "new", "micro_batches")
+    sizes = {name: getattr(args, name) for name in names}
   else:
     preset = SHAPES[args.shape]
     given = {name: getattr(args, name) for name in preset}
@@ -162,9 +194,9 @@ def _sizes(args: argparse.Namespace) -> dict[str, int]:
   for name, value in (*sizes.items(), ("repeats", args.repeats)):
     if value < 1:
       raise ConfigError(f"--{name}={value}: at least 1")
-  part = "samples" if args.kind == "sample" else "micro_batches"
-  if sizes["rows"] % sizes[part]:
-    raise ConfigError(f"--rows={sizes['rows']} must be a multiple of --{part}")
+  for part in ("samples", "micro_batches"):
+    if sizes["rows"] % sizes.get(part, 1):
+      raise ConfigError(f"--rows={sizes['rows']} must be a multiple of --{part}")
   return sizes
 
 
@@ -189,7 +221,14 @@ def _sample(policy: Policy, sizes: dict[str, int], args: argparse.Namespace):
     )
     assert int(rollout.lengths.sum()) == rows * new
 
-  itemsize = jnp.dtype(args.dtype).itemsize
+  flops, traffic = _sampling_work(policy, sizes, jnp.dtype(args.dtype).itemsize)
+  return rows * new, call, flops, traffic
+
+
+def _sampling_work(policy, sizes: dict[str, int], itemsize: int) -> tuple[float, float]:
+  """(floating-point operations, bytes moved) of sampling."""
+  rows, prompt, new = (sizes[name] for name in ("rows", "prompt", "new"))
+  config, prompts = policy.config, rows // sizes["samples"]
   weights = _matrix_weights(policy.model)
   attention = 4 * config.layers * config.heads * config.head_dim  # per token attended
   key_values = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
@@ -198,7 +237,36 @@ def _sample(policy: Policy, sizes: dict[str, int], args: argparse.Namespace):
   traffic = new * (
     weights * itemsize + key_values * (prompts * prompt + rows * new / 2)
   )
-  return rows * new, call, flops, traffic
+  return flops, traffic
+
+
+def _iteration_work(policy, sizes: dict[str, int], kind: str):
+  """(tokens, floating-point operations, bytes moved) of an RL iteration: sampling, and
+  an update of every model; PPO scores with a reference and a value model too.
+  """
+  flops, traffic = _sampling_work(policy, sizes, 4)
+  forward = _forward_flops(policy, sizes["rows"], sizes["prompt"] + sizes["new"])
+  passes = 3 if kind == "grpo" else 3 + 3 + 1 + 1
+  updated = 1 if kind == "grpo" else 2
+  return (
+    sizes["rows"] * sizes["new"],
+    flops + passes * forward,
+    traffic + updated * 9 * 4 * _count(policy.model),
+  )
+
+
+def _forward_flops(policy, rows: int, length: int) -> float:
+  config = policy.config
+  attention = 4 * config.layers * config.heads * config.head_dim * length / 2
+  return rows * length * (2 * _matrix_weights(policy.model) + attention)
+
+
+def _reward(policy: Policy, sizes: dict[str, int], args: argparse.Namespace):
+  """(tokens, call, floating-point operations, bytes moved) of scoring rollouts."""
+  rows, length = sizes["rows"], sizes["prompt"] + sizes["new"]
+  flops = _forward_flops(policy, rows, length)
+  call = bench_rl.reward_call(policy, sizes, args)
+  return rows * length, call, flops, 4 * _count(policy.model)
 
 
 def _train(policy: Policy, sizes: dict[str, int], args: argparse.Namespace):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 
 import jax
 import numpy as np
@@ -152,6 +154,33 @@ def test_every_number_that_people_look_at_is_logged(tiny):
   assert all(np.isfinite(x) for x in stats.values())
   assert stats["mismatch/max"] < 1e-4
   assert 0 < stats["entropy"] < np.log(3)
+
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ppo_iteration.json"
+
+
+def test_golden_metrics_of_two_iterations(tiny):
+  """What PPO computes has changed if this fails.
+
+  Where that was meant, write `golden_metrics` of the fixture to the file, and say in the
+  commit why they moved.
+  """
+  due = json.loads(GOLDEN.read_text())
+  found = golden_metrics(tiny)
+  assert len(found) == len(due)
+  for ours, theirs in zip(found, due):
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+      assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-5), name
+
+
+def golden_metrics(tiny):
+  result = one(tiny, iterations=2, epochs=2, minibatches=2)
+  timed = ("time/", "tokens_per_second", "mismatch/")  # not of what is computed
+  return [
+    {k: x for k, x in stats.items() if not any(word in k for word in timed)}
+    for stats in result.iterations
+  ]
 
 
 def leaves(policy):
