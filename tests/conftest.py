@@ -11,6 +11,10 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
+# Programs here are tiny and run a few times: compiling them is most of the time. Tests
+# of compiled programs ask for `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import pytest  # noqa: E402
 
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"
@@ -29,6 +33,17 @@ def data_dir() -> Path:
   if path is None:
     pytest.skip(f"no real data: set RLFT_DATA, or put it at {_BESIDE}")
   return path
+
+
+@pytest.fixture(scope="module")
+def optimized():
+  """Programs are compiled as users compile them."""
+  import jax
+
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_report_header() -> str:

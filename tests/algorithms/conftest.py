@@ -1,4 +1,4 @@
-"""A tiny policy on the arithmetic task, and quick compilation."""
+"""Tiny policies: on the arithmetic task, and on tasks whose optimum is known."""
 
 from __future__ import annotations
 
@@ -17,15 +17,6 @@ from rlft.models.hub import Policy
 from rlft.sampling.score import score
 from rlft.tasks import arithmetic
 from rlft.tasks.tokenizer import word_tokenizer
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation():
-  """Tiny programs that run a few times: compiling them is nearly all of the time."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="package")

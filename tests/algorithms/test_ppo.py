@@ -162,8 +162,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ppo_iteration.json"
 def test_golden_metrics_of_two_iterations(tiny):
   """What PPO computes has changed if this fails.
 
-  Where that was meant, write `golden_metrics` of the fixture to the file, and say in the
-  commit why they moved.
+  Where that was meant, write `golden_metrics` of the fixture to the file, and say in
+  the commit why they moved.
   """
   due = json.loads(GOLDEN.read_text())
   found = golden_metrics(tiny)

@@ -111,6 +111,7 @@ def test_micro_batches_change_nothing(policy, rows):
   assert four.losses == pytest.approx(one.losses, rel=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_array_of_all_logits_in_the_compiled_program(policy):
   """[B, T, V] is never held, forward or backward."""
   rows, length = 24, 192  # more tokens than a chunk of the head

@@ -219,6 +219,7 @@ def loss_on(shape: tuple[int, int, int] | None):
   return compiled, compiled(params, *batch), layout
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("shape", [(1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_meshes_agree_and_shard(shape):
   """reliability.md B10: the same loss, and no device holds a whole weight."""

@@ -30,6 +30,8 @@ from rlft.training.data import TrainBatch
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.step import init_state
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 # ------------------------------------------------------------- reading HLO
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
