@@ -6,7 +6,7 @@ Parameters are {"trunk": the decoder's, "head": {"kernel": [E], "bias": []}}. Th
 has no language-model head: its config ties the embeddings, so that nothing is kept,
 sharded or optimised that no value reads.
 
-Letters: B rows, T tokens, C columns of the completion region, E hidden size.
+Letters: B rows, T tokens, E hidden size.
 """
 
 from __future__ import annotations
@@ -188,40 +188,6 @@ def token_values(
   """
   hidden_BTE = _hidden(model, params, tokens_BT, mask_BT)
   return jnp.where(mask_BT, scalar_head(params["head"], hidden_BTE), 0.0)
-
-
-def next_values(
-  model: Decoder,
-  params: Mapping,
-  tokens_BT: jax.Array,
-  mask_BT: jax.Array,
-  columns: int,
-) -> jax.Array:
-  """The value of the state before each of the last C columns, what PPO calls V(s_t).
-
-  It is read at the last real token before the column: with left-padded prompts, the
-  state before column P + c is that at P + c - 1. Under the padding after a completion
-  it stays the value of the state after the last token.
-
-  Args:
-    model, params, tokens_BT, mask_BT: as for `token_values`.
-    columns: C, static, at most T.
-
-  Returns:
-    float32 [B, C]; 0 where no real token stands before the column.
-  """
-  chex.assert_rank([tokens_BT, mask_BT], 2)
-  length = tokens_BT.shape[1]
-  if not 0 < columns <= length:
-    raise ConfigError(
-      f"columns={columns}: from 1 to the {length} columns that there are"
-    )
-  value_BT = token_values(model, params, tokens_BT, mask_BT)
-  last_BT = jax.lax.cummax(jnp.where(mask_BT, jnp.arange(length), -1), axis=1)
-  before_BT = jnp.pad(last_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  before_BC = before_BT[:, length - columns :]
-  value_BC = jnp.take_along_axis(value_BT, jnp.maximum(before_BC, 0), axis=1)
-  return jnp.where(before_BC >= 0, value_BC, 0.0)
 
 
 def last_value(

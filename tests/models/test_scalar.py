@@ -21,7 +21,6 @@ from rlft.models.scalar import (
   init_scalar,
   last_value,
   load_scalar,
-  next_values,
   place,
   save_scalar,
   scalar_head,
@@ -90,7 +89,6 @@ def padded(side, width=14):
 def everything(model, params, tokens, mask):
   return (
     token_values(model, params, tokens, mask),
-    next_values(model, params, tokens, mask, columns=6),
     last_value(model, params, tokens, mask),
   )
 
@@ -115,38 +113,24 @@ def alone(scalar):
 @pytest.mark.parametrize("side", SIDES)
 def test_values_are_those_of_the_row_alone(scalar, alone, side):
   tokens, mask = padded(side)
-  values, before, last = map(
-    np.asarray, everything(scalar.model, scalar.params, tokens, mask)
-  )
-  assert values.dtype == before.dtype == last.dtype == np.float32
+  values, last = map(np.asarray, everything(scalar.model, scalar.params, tokens, mask))
+  assert values.dtype == last.dtype == np.float32
   for i, expected_T in enumerate(alone):
     np.testing.assert_allclose(values[i, mask[i]], expected_T, atol=1e-5)
     assert not values[i, ~mask[i]].any()
     # The last real token, not the last column, and not the last but one.
     assert last[i] == pytest.approx(expected_T[-1], abs=1e-5)
-    seen = np.cumsum(mask[i])
-    for c in range(6):
-      column = mask.shape[1] - 6 + c
-      count = seen[column - 1]
-      expected = expected_T[count - 1] if count else 0.0
-      assert before[i, c] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_empty_row_and_noise_under_pads(scalar):
   tokens, mask = padded("left")
   mask = np.concatenate([mask, np.zeros_like(mask[:1])])
   tokens = np.concatenate([tokens, np.full_like(tokens[:1], -7)])
-  values, before, last = everything(scalar.model, scalar.params, tokens, mask)
-  assert last[-1] == 0 and not values[-1].any() and not before[-1].any()
+  values, last = everything(scalar.model, scalar.params, tokens, mask)
+  assert last[-1] == 0 and not values[-1].any()
   other = np.where(mask, tokens, 12345678)
   again = everything(scalar.model, scalar.params, other, mask)
-  jax.tree.map(np.testing.assert_array_equal, (values, before, last), again)
-
-
-def test_columns_that_do_not_exist(scalar):
-  tokens, mask = padded("left")
-  with pytest.raises(ConfigError, match="columns=15"):
-    next_values(scalar.model, scalar.params, tokens, mask, 15)
+  jax.tree.map(np.testing.assert_array_equal, (values, last), again)
 
 
 def test_gradient_ignores_pads(scalar):
@@ -206,8 +190,8 @@ def test_a_value_model_starts_as_the_normalised_reward(scalar):
   assert (value.kind, value.mean, value.std) == ("value", 0.0, 1.0)
   assert value.params["trunk"] is reward.params["trunk"]
   tokens, mask = padded("left")
-  _, _, raw = everything(reward.model, reward.params, tokens, mask)
-  _, _, first = everything(value.model, value.params, tokens, mask)
+  _, raw = everything(reward.model, reward.params, tokens, mask)
+  _, first = everything(value.model, value.params, tokens, mask)
   np.testing.assert_allclose(first, (raw - 1.5) / 2, atol=1e-6)
 
 
