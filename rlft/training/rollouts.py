@@ -87,8 +87,8 @@ def prompts_of(
   """The prompts of an iteration: each once an epoch, every epoch in another order.
 
   A function of integers alone, so a resumed run goes on with the prompts that the
-  killed one would have taken. Epochs run into each other; where one iteration holds
-  the end of an epoch and the start of the next, no prompt is in it twice.
+  killed one would have taken. No iteration has a prompt twice: what is left over at the
+  end of an epoch waits for the next one's order.
 
   Args:
     examples: the training prompts.
@@ -101,7 +101,7 @@ def prompts_of(
     raise ConfigError(
       f"prompts_per_iteration={count}, but there are only {size} training prompts"
     )
-  per_epoch = size // count  # what is left over waits for another epoch's order
+  per_epoch = size // count
   epoch, at = divmod(iteration, per_epoch)
   order = np.random.default_rng([seed, Purpose.SHUFFLE, epoch]).permutation(size)
   return [examples[i] for i in order[at * count : (at + 1) * count]]
@@ -191,8 +191,10 @@ def join_groups(
 ) -> tuple[Rollout, Reward]:
   """One rollout of groups out of several: (rollout, its reward, index of the group).
 
-  Prompts are padded to the longest on the left, completions on the right.
+  Prompts are padded to the longest on the left, completions on the right. Seconds and
+  counts are of whole rewards, also where only some of their groups are taken.
   """
+  rewards = list({id(reward): reward for _, reward, _ in groups}.values())
   at = [prompt_columns(rollout) for rollout, _, _ in groups]
   after = [r.tokens.shape[1] - p for (r, _, _), p in zip(groups, at)]
   left, right = max(at), max(after)
@@ -232,7 +234,8 @@ def join_groups(
     each={
       name: judged(lambda r, name=name: r.each[name]) for name in groups[0][1].each
     },
-    seconds=sum({id(r): r.seconds for _, r, _ in groups}.values()),
+    seconds=sum(r.seconds for r in rewards),
+    counts={name: sum(r.counts[name] for r in rewards) for name in groups[0][1].counts},
   )
   return rollout, reward
 
@@ -315,12 +318,18 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
 def minibatches(
   batch: RLBatch, count: int, seed: int, iteration: int, epoch: int, mesh: Any
 ) -> Iterator[RLBatch]:
-  """One epoch in `count` parts, every row exactly once, in an order of its own."""
+  """One epoch in `count` parts, every row exactly once, in an order of its own.
+
+  A part without a token in the loss is left out: an update on nothing would still move
+  the weights by the optimiser's momentum, and count in every mean.
+  """
   rows = batch.tokens.shape[0]
   order = np.random.default_rng([seed, Purpose.SHUFFLE, iteration, epoch]).permutation(
     rows
   )
   for part in np.split(order, count):
+    if not batch.loss_mask[part].any():
+      continue
     yield place(jax.tree.map(lambda x, part=part: x[part], batch), mesh)
 
 
@@ -342,7 +351,7 @@ def check_rows(
 
 
 def check_reward(reward: Reward, rollout: Rollout) -> None:
-  """Raises when a reward does not fit its rollout, or nothing could be judged."""
+  """Raises `DataError` when a reward does not fit its rollout."""
   rows = len(rollout.finished)
   if reward.value.shape != (rows,) or reward.judged.shape != (rows,):
     raise DataError(
@@ -355,21 +364,40 @@ def check_reward(reward: Reward, rollout: Rollout) -> None:
       f"the reward of row {row} (prompt {rollout.prompt_ids[row]}) is "
       f"{reward.value[row]}: rewards are finite, None where there is no judgement"
     )
+  if reward.step is None:
+    return
+  chosen_BC = rollout.completion_mask[:, prompt_columns(rollout) :]
+  if reward.step.shape != chosen_BC.shape:
+    raise DataError(
+      f"the rewards of steps have shape {reward.step.shape}, the completions "
+      f"{chosen_BC.shape}"
+    )
+  # GAE reads rewards where the policy chose; what is paid elsewhere would be lost.
+  wrong_BC = np.where(chosen_BC, ~np.isfinite(reward.step), reward.step != 0)
+  if wrong_BC.any():
+    row, column = np.argwhere(wrong_BC)[0]
+    raise DataError(
+      f"the reward of a step of row {row} (prompt {rollout.prompt_ids[row]}) is "
+      f"{reward.step[row, column]} at completion token {column}: pay finite numbers, "
+      "at tokens that the policy chose"
+    )
 
 
 def rollout_metrics(rollout: Rollout, reward: Reward) -> dict[str, float]:
-  """What people look at in a rollout; every mean is over what it is a mean of."""
+  """What people look at in a rollout; every mean is over what it is a mean of, and NaN
+  where that is nothing.
+  """
   judged = reward.judged
   values = reward.value[judged]
   out = {
-    "reward/mean": float(values.mean()) if values.size else 0.0,
-    "reward/std": float(values.std()) if values.size else 0.0,
+    "reward/mean": float(values.mean()) if values.size else np.nan,
+    "reward/std": float(values.std()) if values.size else np.nan,
     "reward/judged": float(judged.mean()),
   }
   for name, each in reward.each.items():
     known = each[~np.isnan(each)]
-    out[f"reward/{name}/mean"] = float(known.mean()) if known.size else 0.0
-    out[f"reward/{name}/std"] = float(known.std()) if known.size else 0.0
+    out[f"reward/{name}/mean"] = float(known.mean()) if known.size else np.nan
+    out[f"reward/{name}/std"] = float(known.std()) if known.size else np.nan
   out |= {f"reward/{name}": float(x) for name, x in reward.counts.items()}
   texts = rollout.completions
   keys = list(zip(rollout.prompt_ids.tolist(), texts))
