@@ -420,7 +420,7 @@ def train(
     trained, lora = trainee.adapted()
     after = look(logp(trained, asked, lora=lora))
   return DPOResult(
-    policy=dataclasses.replace(trainee.export(), model=policy.model),
+    policy=trainee.export(),
     losses=[m["loss"] for m in read],
     accuracies=[m["accuracy"] for m in read],
     margins=[m["margin"] for m in read],

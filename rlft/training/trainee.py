@@ -44,6 +44,7 @@ class Trainee:
     scale = lora.scale if lora else 1.0
     model = policy.model.clone(dtype=jnp.dtype(dtype), remat=remat, lora_scale=scale)
     self.start = dataclasses.replace(policy, model=model)
+    self._given = policy.model
     self.base = None
     params: dict[str, Any] = {"policy": policy.params}
     if lora is not None:
@@ -72,8 +73,8 @@ class Trainee:
     return dataclasses.replace(policy, params=params)
 
   def export(self) -> Policy:
-    """The policy as it is now, to keep."""
-    policy = self.merged()
+    """The policy as it is now, to keep: with the model that was given, as its start."""
+    policy = dataclasses.replace(self.merged(), model=self._given)
     if self.base is not None:
       return policy
     return dataclasses.replace(policy, params=jax.tree.map(jnp.copy, policy.params))
