@@ -68,7 +68,7 @@ class PPOLoss:
     entropy_coef: of an entropy bonus.
     aggregate: what a mean is over: "token" (all tokens of the batch alike), "sequence"
       (rows alike) or "constant" (a sum over `constant_length`, as in Dr. GRPO).
-    constant_length: see above.
+    constant_length: see above; 0 takes max_new_tokens.
     importance_cap: cap on pi_old / pi_sampler, where those were measured apart
       (truncated importance weights); 0 is off.
   """
@@ -102,13 +102,13 @@ class PPOConfig:
     kl_target: adapts kl_coef to hold the KL of a sequence there (nats); 0 keeps it.
     kl_horizon: episodes over which it adapts.
     whiten_advantages: whether advantages get mean 0 and variance 1 over an iteration.
-    scale_rewards: whether scores are divided by their standard deviation over an
-      iteration (their mean stays).
+    scale_rewards: whether scores get standard deviation 1 over an iteration; their mean
+      stays.
     truncated: what a row is whose completion the length limit cut: "score" as any
       other, "mask" leaves it out of the loss, "bootstrap" adds the value of its last
       state.
     value: "separate" model, or a head on a "shared" trunk.
-    critic_warmup: first iterations that train the value model only.
+    critic_warmup: first iterations that train the (separate) value model only.
     old_logp: where old log-probabilities come from: "recompute" them, take the
       "sampler"'s, or "auto": the sampler's while they agree within 1e-4, measured in
       the first iteration and every 16th.
@@ -181,6 +181,11 @@ class PPOConfig:
         f"value='shared' adds two means over tokens; loss.aggregate="
         f"{self.loss.aggregate!r} needs value='separate'"
       )
+    if self.value == "shared" and self.critic_warmup:
+      raise ConfigError(
+        f"critic_warmup={self.critic_warmup} trains a value model alone: it needs "
+        "value='separate'"
+      )
     if self.kl_target and not self.kl_coef:
       raise ConfigError("kl_target adapts kl_coef by factors: start above 0")
     for name, legal in (
@@ -249,18 +254,13 @@ def policy_sums(
   rows = batch.tokens, batch.mask, batch.start
   hidden_BCE = completion_hidden(model, weights, *rows, columns, params.get("lora"))
   logp_BC, entropy_BC = hidden_logp(model, weights, hidden_BCE, *rows, temperature)
-  (total, denominator), stats = policies.policy_loss(
+  (total, denominator), stats = _surrogate(
+    loss,
     logp_BC,
     batch.old_logp,
     batch.advantage,
     batch.loss_mask,
-    clip_low=loss.clip_range,
-    clip_high=loss.clip_range,
-    dual_clip=loss.dual_clip,
-    aggregate=loss.aggregate,
-    constant_length=loss.constant_length,
-    behaviour_logp_BC=batch.behaviour_logp,
-    importance_cap=loss.importance_cap,
+    batch.behaviour_logp,
   )
   stats["policy_loss"] = total, denominator
   if loss.entropy_coef:
@@ -271,6 +271,35 @@ def policy_sums(
   entropy_BC = jnp.where(batch.loss_mask, jax.lax.stop_gradient(entropy_BC), 0.0)
   stats["entropy"] = jnp.sum(entropy_BC), jnp.sum(batch.loss_mask, dtype=jnp.float32)
   return {"loss": (total, denominator), **stats}, hidden_BCE
+
+
+def _surrogate(loss: PPOLoss, logp_BC, old_logp_BC, advantage_BC, mask_BC, sampler_BC):
+  return policies.policy_loss(
+    logp_BC,
+    old_logp_BC,
+    advantage_BC,
+    mask_BC,
+    clip_low=loss.clip_range,
+    clip_high=loss.clip_range,
+    dual_clip=loss.dual_clip,
+    aggregate=loss.aggregate,
+    constant_length=loss.constant_length,
+    behaviour_logp_BC=sampler_BC,
+    importance_cap=loss.importance_cap,
+  )
+
+
+def _static_loss(config: PPOConfig) -> PPOLoss:
+  """The loss's settings, whole; `ConfigError` here, not after the first rollout."""
+  loss = config.loss
+  if loss.aggregate == "constant" and not loss.constant_length:
+    loss = dataclasses.replace(loss, constant_length=config.max_new_tokens)
+  x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+  mask = jax.ShapeDtypeStruct((1, 1), bool)
+  jax.eval_shape(functools.partial(_surrogate, loss), x, x, x, mask, x)
+  value_loss = functools.partial(values.value_loss, clip_range=loss.value_clip)
+  jax.eval_shape(value_loss, x, x, x, mask)
+  return loss
 
 
 def value_sums(value_BC: jax.Array, loss: PPOLoss, batch: RLBatch) -> Sums:
@@ -365,12 +394,13 @@ def estimate_advantages(
     total_BC, value_BC, mask_BC, gamma, gae_lambda, bootstrap_B
   )
   count = jnp.maximum(jnp.sum(mask_BC), 1)
+  rows = jnp.maximum(jnp.sum(jnp.any(mask_BC, axis=1)), 1)
   mean = jnp.sum(jnp.where(mask_BC, advantage_BC, 0.0)) / count
   variance = jnp.sum(jnp.where(mask_BC, (advantage_BC - mean) ** 2, 0.0)) / count
   out = {
     "kl/sequence": sequence_kl,
     "kl/token": jnp.sum(kl_BC) / count,
-    "reward/with_kl": jnp.mean(jnp.sum(total_BC, axis=1)),
+    "reward/with_kl": jnp.sum(total_BC) / rows,
     "advantage/mean": mean,
     "advantage/std": jnp.sqrt(variance),
     "value/mean": jnp.sum(jnp.where(mask_BC, value_BC, 0.0)) / count,
@@ -465,6 +495,7 @@ def _check(policy, examples, config: PPOConfig, value, reference) -> None:
     raise DataError("two training prompts have the same id: their noise would be equal")
   if not policy.eos_ids:
     raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  _static_loss(config)
   rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
   rollouts.check_rows(
     config.prompts_per_iteration,
@@ -475,6 +506,11 @@ def _check(policy, examples, config: PPOConfig, value, reference) -> None:
   )
   if value is not None and config.value == "shared":
     raise ConfigError("value='shared' is a head on the policy: pass no value model")
+  if value is not None and value.kind != "value":
+    raise ConfigError(
+      f"value is a model of kind {value.kind!r}, whose values are not normalised: pass "
+      "scalar.as_value of it"
+    )
   for other in (value, reference):
     if other is not None:
       scalars.check_same_tokenizer(policy, other)
@@ -491,12 +527,11 @@ class _Run:
     self.config = config
     shared = config.value == "shared"
     per_iteration = config.epochs * config.minibatches
-    warmup = 0 if shared else config.critic_warmup  # a shared step trains both
     head = scalars.init_scalar(policy, init="zero").params["head"]
     self.trainee = Trainee(
       policy,
       config.optimizer,
-      max(1, (config.iterations - warmup) * per_iteration),
+      max(1, (config.iterations - config.critic_warmup) * per_iteration),
       lora=config.lora,
       head=head if shared else None,
       dtype=config.compute_dtype,
@@ -509,8 +544,9 @@ class _Run:
     if reference is not None:
       model = reference.model.clone(dtype=start.model.dtype)
       self.reference = dataclasses.replace(reference, model=model)
+    loss = _static_loss(config)
     self.step = make_policy_step(
-      start.model, config.loss, config.optimizer, config.micro_batches
+      start.model, loss, config.optimizer, config.micro_batches
     )
     self.value = self.value_state = None
     if not shared:
@@ -521,7 +557,7 @@ class _Run:
       updates = config.iterations * per_iteration
       self.value_state = init_state(value.params, config.value_optimizer, updates)
       self.value_step = make_value_step(
-        model, config.loss, config.value_optimizer, config.micro_batches
+        model, loss, config.value_optimizer, config.micro_batches
       )
     self.kl_coef = config.kl_coef
     self.recompute = config.old_logp == "recompute"
@@ -572,14 +608,15 @@ class _Run:
     tokens = int(batch.loss_mask.sum()) * config.epochs
     stats |= updates
     stats["kl/coef"] = self.kl_coef
-    if config.kl_target:
+    # A policy that stood still (warm-up, no judgement) says nothing of the coefficient.
+    if config.kl_target and trained:
       self.kl_coef = float(
         kl.adaptive_kl_coef(
           self.kl_coef,
           stats["kl/sequence"],
           config.kl_target,
           config.kl_horizon,
-          len(rollout.finished),
+          int(batch.loss_mask.any(1).sum()),  # the rows that the KL is a mean of
         )
       )
     seconds = timers.pop()
@@ -623,7 +660,7 @@ class _Run:
       mask_BC = mask_BC & rollout.finished[:, None]
     score_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
     if config.scale_rewards:
-      score_B = score_B / max(float(score_B[judged.judged].std()), 1e-6)
+      score_B = np.asarray(adv.whiten(score_B, judged.judged, shift_mean=False))
     reward_BC = rollouts.final_rewards(score_B, rows.chosen)
     if judged.step is not None:
       reward_BC = reward_BC + judged.step[:, :columns]
@@ -671,7 +708,7 @@ class _Run:
         if self.value_state is not None:
           self.value_state, metrics = self.value_step(self.value_state, part)
           critic.add(metrics)
-        if index >= config.critic_warmup or config.value == "shared":
+        if index >= config.critic_warmup:
           trainee = self.trainee
           trainee.state, metrics = self.step(
             trainee.state, part, trainee.base, np.float32(config.temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import types
 
@@ -11,8 +12,15 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.types import Reward
-from rlft.models.decoder import Decoder, DecoderConfig, init_params
+from rlft.models.decoder import (
+  Decoder,
+  DecoderConfig,
+  init_params,
+  param_axes,
+  param_shapes,
+)
 from rlft.models.hub import Policy
 from rlft.sampling.score import score
 from rlft.tasks import arithmetic
@@ -68,6 +76,18 @@ def tiny() -> Policy:
   params = init_params(model, jax.random.key(0))
   params["head"] = params["head"] * 10
   return Policy(model=model, params=params, tokenizer=tokenizer, config=config)
+
+
+@pytest.fixture(scope="package")
+def spread(tiny) -> Policy:
+  """The same policy on a mesh of 2 x 2 x 2 devices."""
+  if len(jax.devices()) < 8:
+    pytest.skip("needs 8 devices")
+  mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
+  model = tiny.model.clone(mesh=mesh)
+  layout = tree_shardings(mesh, param_axes(model), param_shapes(model))
+  params = jax.device_put(tiny.params, layout)
+  return dataclasses.replace(tiny, model=model, params=params)
 
 
 @pytest.fixture(scope="package")

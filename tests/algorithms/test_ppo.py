@@ -12,7 +12,7 @@ import pytest
 
 from rlft.algorithms import ppo
 from rlft.core.errors import ConfigError, DataError, DivergenceError
-from rlft.core.types import Example, Reward
+from rlft.core.types import Example, Reward, Rollout
 from rlft.models import scalar
 from rlft.models.lora import LoRAConfig
 from rlft.training import rollouts
@@ -188,7 +188,8 @@ def leaves(policy):
 
 
 def largest_change(a, b):
-  return max(float(np.abs(x - y).max()) for x, y in zip(leaves(a), leaves(b)))
+  pairs = zip(leaves(a), leaves(b))
+  return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in pairs)
 
 
 def test_micro_batches_change_nothing(tiny):
@@ -199,6 +200,10 @@ def test_micro_batches_change_nothing(tiny):
   for name in ("ratio_max", "entropy", "approx_kl", "value_loss", "grad_norm"):
     ours, theirs = whole.iterations[0][name], parts.iterations[0][name]
     assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6), name
+
+
+def nothing(rollout, examples):
+  return Reward(value=np.zeros(8, np.float32), judged=np.zeros(8, bool))
 
 
 def test_rows_without_judgement_teach_nothing(tiny):
@@ -213,9 +218,6 @@ def test_rows_without_judgement_teach_nothing(tiny):
   assert stats["reward/judged"] == 0.5 and stats["reward/mean"] < 10
   assert stats["advantage/std"] < 100
 
-  nothing = lambda rollout, examples: Reward(
-    value=np.zeros(8, np.float32), judged=np.zeros(8, bool)
-  )
   result = one(tiny, reward=nothing)
   assert largest_change(result.policy, tiny) == 0
 
@@ -224,7 +226,7 @@ def test_what_is_cut_can_be_left_out_or_bootstrapped(tiny):
   plain, masked = one(tiny), one(tiny, truncated="mask")
   assert 0 < plain.iterations[0]["completion/truncated"] < 1
   assert masked.update_tokens < plain.update_tokens
-  value = scalar.init_scalar(tiny)
+  value = scalar.init_scalar(tiny, kind="value")
   value = dataclasses.replace(
     value, params=value.params | {"head": {"kernel": value.params["head"]["kernel"],
                                            "bias": np.float32(5)}}
@@ -281,6 +283,15 @@ def test_the_controller_holds_the_kl(tiny):
   assert stats[1]["kl/sequence"] > 0.012 and stats[2]["kl/coef"] > stats[1]["kl/coef"]
 
 
+def test_the_controller_waits_for_a_policy_that_moves(tiny):
+  """During the critic's warm-up, or without judgement, no KL of 0 was measured."""
+  config = {"iterations": 2, "kl_target": 0.01, "kl_horizon": 64}
+  stats = one(tiny, critic_warmup=1, **config).iterations
+  assert stats[1]["kl/coef"] == 0.5
+  result = one(tiny, reward=nothing, **config)
+  assert result.iterations[1]["kl/coef"] == 0.5 and result.update_tokens == 0
+
+
 def test_step_rewards_are_paid_where_they_fall(tiny):
   def dense(rollout, examples):
     plain = pay(rollout, examples)
@@ -295,6 +306,90 @@ def test_step_rewards_are_paid_where_they_fall(tiny):
   )
 
 
+# ---------------------------------------------------- credit, with numbers by hand
+
+
+def by_hand(tiny, completions, finished, scores, after=0.0, **changes):
+  """Batch and numbers of rows whose values are 0.5, and `after` behind the last token.
+
+  A completion is a string: "a" was chosen, "t" is the output of a tool.
+  """
+  count, wide = len(completions), max(map(len, completions))
+  chosen = np.zeros((count, 2 + wide), bool)
+  mask = np.zeros_like(chosen)
+  lengths = np.array([len(text) for text in completions], np.int32)
+  value = np.full((count, wide + 1), np.nan, np.float32)  # nobody reads the others
+  for i, text in enumerate(completions):
+    own = np.array(list(text)) == "a"
+    mask[i, : 2 + len(text)] = True
+    chosen[i, 2 : 2 + len(text)] = own
+    value[i, : len(text)][own] = 0.5
+    value[i, len(text)] = after
+  logp = np.where(chosen[:, 2:], np.float32(-1), np.float32(np.nan))
+  rollout = Rollout(
+    tokens=np.ones_like(chosen, dtype=np.int32),
+    mask=mask,
+    completion_mask=chosen,
+    logp=np.where(chosen, -1.0, 0.0),
+    raw_logp=np.where(chosen, -1.0, 0.0),
+    finished=np.array(finished),
+    prompt_lengths=np.full(count, 2, np.int32),
+    lengths=lengths,
+    prompt_ids=np.zeros(count, np.int32),
+    completions=list(completions),
+    samples=count,
+  )
+  config = settings(
+    **(TOY | {"whiten_advantages": False, "gae_lambda": 0.95} | changes)
+  )
+  run = ppo._Run(tiny, config, None, None)
+  judged = np.array([x is not None for x in scores])
+  reward = Reward(np.array([x or 0 for x in scores], np.float32), judged)
+  rows = rollouts.region(rollout)
+  rows = dataclasses.replace(rows, logp=logp, columns=wide)
+  return run._batch(rollout, reward, rows, logp, logp, value)
+
+
+GAE = [0.4286875, 0.45125, 0.475, 0.5]  # gamma 1, lambda 0.95, V 0.5, 1 at the end
+
+
+@pytest.mark.parametrize("completion", ["aaaa", "aataa", "aattttaa", "taataatt"])
+def test_what_a_tool_said_breaks_no_credit(tiny, completion):
+  """Neither values, KL nor rewards are read there, be they NaN."""
+  batch, stats = by_hand(tiny, [completion], [True], [1.0])
+  own = np.array(list(completion)) == "a"
+  np.testing.assert_array_equal(batch.loss_mask[0], own)
+  np.testing.assert_allclose(batch.advantage[0][own], GAE, rtol=1e-6)
+  np.testing.assert_allclose(batch.returns[0][own], np.array(GAE) + 0.5, rtol=1e-6)
+  assert not batch.advantage[0][~own].any()
+  assert stats["reward/with_kl"] == 1 and stats["kl/sequence"] == 0
+
+
+def test_what_follows_a_row_that_was_cut(tiny):
+  """Bootstrapped by the value behind its last token, also where a tool wrote that."""
+  rows = ["aaaa", "aaaa", "aaaat"]
+  cut = {"finished": [True, False, False], "scores": [1.0, 0.0, 0.0], "after": 1.0}
+  batch, _ = by_hand(tiny, rows, truncated="bootstrap", **cut)
+  for row in batch.advantage:
+    np.testing.assert_allclose(row[:4], GAE, rtol=1e-6)
+  batch, _ = by_hand(tiny, rows, truncated="score", **cut)
+  assert batch.advantage[1, 3] == pytest.approx(-0.5)
+  batch, _ = by_hand(tiny, rows, truncated="mask", **cut)
+  assert batch.loss_mask.any(1).tolist() == [True, False, False]
+
+
+def test_scores_are_scaled_and_keep_their_mean(tiny):
+  scores = [0.0, 0.0, 4.0, None]
+  rows, ended = ["a"] * 4, [True] * 4
+  batch, stats = by_hand(tiny, rows, ended, scores, scale_rewards=True)
+  got = batch.advantage[:3, 0] + 0.5  # the value
+  assert got.mean() == pytest.approx(4 / 3) and got.std() == pytest.approx(1)
+  assert stats["reward/with_kl"] == pytest.approx(4 / 3)  # of rows that were judged
+  # Equal scores have no deviation to divide by.
+  batch, _ = by_hand(tiny, rows, ended, [0.5] * 4, scale_rewards=True)
+  np.testing.assert_allclose(batch.advantage[:, 0], 0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
@@ -305,9 +400,14 @@ def test_step_rewards_are_paid_where_they_fall(tiny):
     ({"value": "shared", "loss": ppo.PPOLoss(aggregate="sequence")}, "separate"),
     ({"old_logp": "guess"}, "choose one of"),
     ({"gamma": 1.5}, "from 0 to 1"),
+    ({"value": "shared", "critic_warmup": 1}, "needs value='separate'"),
+    ({"loss": ppo.PPOLoss(aggregate="tokens")}, "aggregate is 'tokens'"),
+    ({"loss": ppo.PPOLoss(dual_clip=0.5)}, "dual_clip 0.5"),
+    ({"loss": ppo.PPOLoss(value_clip=-1)}, "clip_range is -1"),
   ],
 )
-def test_settings_that_cannot_be(tiny, changes, message):
+def test_settings_that_cannot_be(tiny, changes, message, monkeypatch):
+  monkeypatch.setattr(rollouts, "sample", lambda *args, **kwargs: 1 / 0)  # before it
   with pytest.raises(ConfigError, match=message):
     one(tiny, **changes)
 
@@ -323,3 +423,27 @@ def test_rewards_that_do_not_fit(tiny):
     one(tiny, reward=nan)
   with pytest.raises(DataError, match="no training prompts"):
     ppo.run(tiny, [], pay, settings())
+  with pytest.raises(ConfigError, match="as_value"):
+    one(tiny, critic=scalar.init_scalar(tiny))  # a reward model, not normalised
+
+
+# ---------------------------------------------------------------- many devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_on_a_mesh(tiny, spread, value):
+  config = {"iterations": 2, "epochs": 2, "minibatches": 2, "value": value}
+  alone, many = one(tiny, **config), one(spread, **config)
+  same_metrics(alone, many)
+  assert largest_change(alone.policy, many.policy) < 1e-4
+  kernel = many.policy.params["layers"]["mlp"]["up"]["kernel"]
+  assert not kernel.sharding.is_fully_replicated
+
+
+def same_metrics(a, b):
+  for ours, theirs in zip(a.iterations, b.iterations, strict=True):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+      if not any(word in name for word in ("time/", "tokens_per_second")):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-4), name
