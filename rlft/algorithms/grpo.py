@@ -241,34 +241,64 @@ def grpo_sums(
     temperature,
     params.get("lora"),
   )
-  mean_over = {"aggregate": loss.aggregate, "constant_length": loss.constant_length}
-  (total, denominator), stats = policies.policy_loss(
-    logp_BC,
-    batch.old_logp,
-    batch.advantage,
-    batch.loss_mask,
-    clip_low=loss.clip_low,
-    clip_high=loss.clip_high,
-    dual_clip=loss.dual_clip,
-    importance=loss.importance,
-    behaviour_logp_BC=batch.behaviour_logp,
-    importance_cap=loss.importance_cap,
-    clip=loss.clip,
-    **mean_over,
+  mask_BC = batch.loss_mask
+  (total, denominator), stats = _surrogate(
+    loss, logp_BC, batch.old_logp, batch.advantage, mask_BC, batch.behaviour_logp
   )
   stats["policy_loss"] = total, denominator
   if loss.kl_coef:
-    extra, _ = kl.kl_loss(
-      logp_BC, batch.ref_logp, batch.loss_mask, loss.kl_estimator, **mean_over
-    )
+    extra, _ = _kl(loss, logp_BC, batch.ref_logp, mask_BC)
     total += loss.kl_coef * extra
     stats["kl_loss"] = extra, denominator
   if loss.entropy_coef:
-    bonus, _ = policies.entropy_loss(entropy_BC, batch.loss_mask, **mean_over)
+    bonus, _ = policies.entropy_loss(
+      entropy_BC, mask_BC, loss.aggregate, loss.constant_length
+    )
     total -= loss.entropy_coef * bonus
-  entropy_BC = jnp.where(batch.loss_mask, jax.lax.stop_gradient(entropy_BC), 0.0)
-  stats["entropy"] = jnp.sum(entropy_BC), jnp.sum(batch.loss_mask, dtype=jnp.float32)
+  entropy_BC = jnp.where(mask_BC, jax.lax.stop_gradient(entropy_BC), 0.0)
+  stats["entropy"] = jnp.sum(entropy_BC), jnp.sum(mask_BC, dtype=jnp.float32)
   return {"loss": (total, denominator), **stats}
+
+
+def _surrogate(loss: GRPOLoss, logp_BC, old_logp_BC, advantage_BC, mask_BC, sampler_BC):
+  return policies.policy_loss(
+    logp_BC,
+    old_logp_BC,
+    advantage_BC,
+    mask_BC,
+    clip_low=loss.clip_low,
+    clip_high=loss.clip_high,
+    dual_clip=loss.dual_clip,
+    aggregate=loss.aggregate,
+    constant_length=loss.constant_length,
+    importance=loss.importance,
+    behaviour_logp_BC=sampler_BC,
+    importance_cap=loss.importance_cap,
+    clip=loss.clip,
+  )
+
+
+def _kl(loss: GRPOLoss, logp_BC, ref_logp_BC, mask_BC):
+  return kl.kl_loss(
+    logp_BC,
+    ref_logp_BC,
+    mask_BC,
+    loss.kl_estimator,
+    loss.aggregate,
+    loss.constant_length,
+  )
+
+
+def _static_loss(config: GRPOConfig) -> GRPOLoss:
+  """The loss's settings, whole; `ConfigError` here, not after the first rollout."""
+  loss = config.loss
+  if loss.aggregate == "constant" and not loss.constant_length:
+    loss = dataclasses.replace(loss, constant_length=config.max_new_tokens)
+  x = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+  mask = jax.ShapeDtypeStruct((1, 1), bool)
+  jax.eval_shape(functools.partial(_surrogate, loss), x, x, x, mask, x)
+  jax.eval_shape(functools.partial(_kl, loss), x, x, mask)
+  return loss
 
 
 @functools.lru_cache(maxsize=16)
@@ -353,6 +383,7 @@ def _check(policy, examples, config: GRPOConfig, reference) -> None:
     raise DataError("two training prompts have the same id: their noise would be equal")
   if not policy.eos_ids:
     raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  _static_loss(config)
   rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
   rollouts.check_rows(
     config.prompts_per_iteration,
@@ -390,11 +421,8 @@ class _Run:
     if reference is not None:
       model = reference.model.clone(dtype=start.model.dtype)
       self.reference = dataclasses.replace(reference, model=model)
-    loss = config.loss
-    if loss.aggregate == "constant" and not loss.constant_length:
-      loss = dataclasses.replace(loss, constant_length=config.max_new_tokens)
     self.step = make_train_step(
-      start.model, loss, config.optimizer, config.micro_batches
+      start.model, _static_loss(config), config.optimizer, config.micro_batches
     )
     self.recompute = config.old_logp == "recompute"
     self.begun = False
@@ -403,13 +431,13 @@ class _Run:
   def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:
     """Rollout and rewards, scores, advantages, updates."""
     config, timers = self.config, PhaseTimers()
-    rollout, judged, drawn = self._collect(reward, tell, timers)
+    rollout, judged, seen = self._collect(reward, tell, timers)
     rows = rollouts.region(rollout)
     with timers.phase("score"):
       old_logp, ref_logp, gap = self._score(index, rows)
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp)
-    stats |= rollouts.rollout_metrics(rollout, judged) | gap | drawn
+    stats |= gap | seen
     with timers.phase("update"):
       stats |= self._update(index, batch, tell)
     tokens = int(batch.loss_mask.sum()) * config.epochs
@@ -421,7 +449,11 @@ class _Run:
   def _collect(
     self, reward: RewardOf, tell, timers: PhaseTimers
   ) -> tuple[Rollout, Reward, dict[str, float]]:
-    """Rows with their rewards; with dynamic sampling, of groups that differ."""
+    """Rows with their rewards, and the numbers of all that was sampled.
+
+    With dynamic sampling the rows are of groups that differ. The numbers are of the
+    others too: those of groups that were chosen say little about the policy.
+    """
     config = self.config
     need, size = config.prompts_per_iteration, config.samples_per_prompt
     kept, spare, first_equal = [], [], 0.0
@@ -452,12 +484,15 @@ class _Run:
         (spare if equal else kept).append((rollout, judged, group))
       if len(kept) >= need:
         break
-    # Where too few groups differ the rest is filled up: they have no gradient.
-    groups = (kept + spare)[:need]
+    groups = kept + spare
     drawn = {"groups/equal": first_equal, "groups/draws": float(attempt + 1)}
-    if config.dynamic_sampling == 0:
-      return rollout, judged, drawn
-    return *rollouts.join_groups(groups, size), drawn
+    if attempt:
+      rollout, judged = rollouts.join_groups(groups, size)
+    seen = rollouts.rollout_metrics(rollout, judged) | drawn
+    # Where too few groups differ the rest is filled up: they have no gradient.
+    if attempt:
+      rollout, judged = rollouts.join_groups(groups[:need], size)
+    return rollout, judged, seen
 
   def _score(self, index: int, rows: Region):
     """(old_logp [B, C], ref_logp [B, C] or None, measured mismatch)."""
@@ -491,19 +526,22 @@ class _Run:
     if ref_logp is not None:
       if self.begins_at_reference and not self.begun:
         facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
-      kl_B = np.where(mask_BC, old_logp - ref_logp, 0.0).sum(1)
+      # Of rows that were cut as well: masked or not, they are in the baselines.
+      kl_B = np.where(rows.chosen, old_logp - ref_logp, 0.0).sum(1)
       value_B = value_B - config.kl_reward * kl_B
-      stats["kl/sequence"] = float(kl_B[judged.judged].mean()) if kl_B.size else 0.0
+      stats["kl/sequence"] = float(kl_B.mean())
     advantage_B, found = group_advantage(
       value_B, judged.judged, config.samples_per_prompt, config.baseline, config.scale
     )
     advantage_B = np.asarray(advantage_B)
+    trained_B = mask_BC.any(1)
     stats |= {
       f"advantage/{name}": float(total) / max(float(count), 1.0)
       for name, (total, count) in found.items()
     }
-    stats["advantage/mean"] = float(advantage_B.mean())
-    stats["advantage/std"] = float(advantage_B.std())
+    some_B = advantage_B[trained_B] if trained_B.any() else np.zeros(1)
+    stats["advantage/mean"] = float(some_B.mean())
+    stats["advantage/std"] = float(some_B.std())
     weighted = config.loss.importance_cap and self.recompute
     batch = RLBatch(
       tokens=rows.tokens,
