@@ -215,8 +215,15 @@ class _Bench:
     self.rows = runs.text_rows(self.train) if start == "sft" else []
     self.judge = runs.judge_of(self.task)
     self.start = self._start()
-    dev = rl.dev_examples(config.task, config.dev_prompts)
-    self.dev = rl.dev_score(config.task, dev, config.eval)
+    self.dev_rows = self._dev_rows()
+    self.dev = rl.dev_score(config.task, self.dev_rows, config.eval)
+
+  def _dev_rows(self) -> list[Example]:
+    """The same for all seeds: after the training prompts of the last one, where both
+    come from one file."""
+    config = self.config
+    every = dataclasses.replace(config.task, train=config.task.train * config.seeds)
+    return rl.dev_examples(every, config.dev_prompts)
 
   def _start(self) -> Policy:
     config = self.config
@@ -244,7 +251,7 @@ class _Bench:
     if arm == START:
       trained = Trained(self.start, history=[(0, self.dev(self.start))])
     else:
-      orm = self.orm()  # its seconds are not the arm's, unless it pays for them
+      orm = self.orm()  # every arm is reranked by it: its seconds are no arm's
       began = time.perf_counter()
       with MetricWriter(where) as writer:
         trained = self._train(arm, orm, writer)
@@ -359,8 +366,7 @@ class _Bench:
   def _dev_with(self, policy: Policy, sampler) -> float:
     config = self.config
     greedy = dataclasses.replace(config.eval, samples=1, ks=(1,))
-    dev: list[Example] = rl.dev_examples(config.task, config.dev_prompts)
-    report = evaluate(policy, dev, self.judge, greedy, sampler=sampler).report
+    report = evaluate(policy, self.dev_rows, self.judge, greedy, sampler=sampler).report
     return report["metrics"]["greedy@1"]["mean"]
 
   def _ei(self, writer: MetricWriter) -> Trained:

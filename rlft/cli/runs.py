@@ -179,7 +179,7 @@ def plain(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> Path:
-  """Writes a value, indented; NaN becomes null."""
+  """Writes a value, indented, whole or not at all; NaN becomes null."""
 
   def clean(x):
     if isinstance(x, Mapping):
@@ -191,8 +191,9 @@ def write_json(path: Path, value: Any) -> Path:
     return x
 
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
-  return path
+  part = path.with_name(path.name + ".part")
+  part.write_text(json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
+  return part.replace(path)  # of a killed study, a result that is there is a result
 
 
 def write_transcripts(

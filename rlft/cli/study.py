@@ -49,7 +49,8 @@ def report(workdir: Path, results: Results, config: Study) -> None:
     f"{config.budget:,} sampled solutions an arm, {config.task.train:,} training "
     f"prompts, {config.eval_prompts} test prompts, K = {k}, {config.seeds} "
     f"seed{'s' * (config.seeds > 1)}; accepted or rewarded: {config.accept} solutions. "
-    "Means over seeds; [95 % bootstrap over prompts]. The last column is of training.",
+    "Means over seeds; [95 % bootstrap over prompts]. The last column is of training, "
+    "without the outcome model's.",
   ]
   summary: dict[str, Any] = {}
   for start in config.starts:
