@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import constrain
 from rlft.models import cache as kv_cache
+from rlft.models.linear import Linear
 
 Remat = Literal["none", "full", "dots"]
 
@@ -227,35 +228,6 @@ _ACTIVATIONS = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-class Linear(nn.Module):
-  """x @ kernel (+ bias), computed in `dtype`; the one linear layer of the house.
-
-  Where the collection "lora" holds a and b for it, `lora_scale * (x @ a) @ b` is added.
-  """
-
-  features: int
-  axes: tuple[str | None, str | None]
-  use_bias: bool
-  dtype: Any
-  init_scale: float = 0.02
-  lora_scale: float = 1.0
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    init = nn.with_logical_partitioning(
-      nn.initializers.normal(self.init_scale), self.axes
-    )
-    kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
-    y = x @ kernel.astype(self.dtype)
-    if self.use_bias:
-      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-      y += self.param("bias", init, (self.features,), jnp.float32).astype(self.dtype)
-    if self.has_variable("lora", "a"):
-      a, b = (self.get_variable("lora", x).astype(self.dtype) for x in "ab")
-      y += self.lora_scale * ((x @ a) @ b)
-    return y
 
 
 class Norm(nn.Module):
@@ -512,6 +484,7 @@ class Decoder(nn.Module):
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         length=config.layers,
+        unroll=self._unroll(),
         metadata_params={nn.PARTITION_NAME: "layers"},
       )(*attributes, name="layers")
       (x, cache), kv = layers((x, cache), per_layer, context)
@@ -533,6 +506,18 @@ class Decoder(nn.Module):
       )
       self.param("head", init, (width, config.vocab_size), jnp.float32)
     return Output(hidden=x, kv=kv, cache=cache)
+
+  def _unroll(self) -> int:
+    """How many layers a turn of the scan holds.
+
+    On a CPU several: with one, each turn copies its residuals into stacks that begin as
+    zeros, 15 % of a train step at 6 layers; compilation bounds how many. Remat relies
+    on the loop, which keeps the compiler from merging both forward passes.
+    """
+    devices = self.mesh.devices.flat if self.mesh is not None else ()
+    platform = next((d.platform for d in devices), jax.default_backend())
+    many = platform == "cpu" and self.remat == "none"
+    return min(8, self.config.layers) if many else 1
 
   def _context(self, positions_BT, mask_BT, cache) -> _Context:
     config = self.config

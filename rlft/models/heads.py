@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft.models.decoder import DecoderConfig
+from rlft.models.linear import matmul
 
 
 def lm_logits(params: dict, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
@@ -28,16 +29,16 @@ def lm_logits(params: dict, config: DecoderConfig, hidden: jax.Array) -> jax.Arr
   Returns:
     float32 [..., V].
   """
-  if config.tie_embeddings:
-    kernel, contract = params["embedding"], 1
+  if hidden.dtype == jnp.float32 and not config.tie_embeddings:
+    logits = matmul(hidden, params["head"].astype(hidden.dtype))
   else:
-    kernel, contract = params["head"], 0
-  logits = jax.lax.dot_general(
-    hidden,
-    kernel.astype(hidden.dtype),
-    (((hidden.ndim - 1,), (contract,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
+    name, contract = ("embedding", 1) if config.tie_embeddings else ("head", 0)
+    logits = jax.lax.dot_general(
+      hidden,
+      params[name].astype(hidden.dtype),
+      (((hidden.ndim - 1,), (contract,)), ((), ())),
+      preferred_element_type=jnp.float32,
+    )
   if config.final_softcap:
     logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
   return logits
