@@ -412,6 +412,22 @@ def test_settings_that_cannot_be(tiny, changes, message, monkeypatch):
     one(tiny, **changes)
 
 
+def test_another_run_compiles_nothing(tiny):
+  """Temperature, coefficients, seeds, lengths inside a bucket: all are traced."""
+  run = ppo._Run(tiny, settings(**TOY), None, None)
+  programs = [run.step, run.value_step, ppo.estimate_advantages]
+  programs += [rollouts._logp_block, rollouts._value_block]
+  compiled = lambda: [program._cache_size() for program in programs]
+  one(tiny)
+  before = compiled()
+  assert min(before) > 0
+  one(
+    tiny, iterations=3, epochs=2, temperature=0.7, max_new_tokens=6, seed=5,
+    kl_coef=0.1, kl_target=1.0, gamma=0.9, truncated="bootstrap",
+  )  # fmt: skip
+  assert compiled() == before
+
+
 def test_rewards_that_do_not_fit(tiny):
   short = lambda rollout, examples: Reward(np.zeros(3, np.float32), np.ones(3, bool))
   nan = lambda rollout, examples: Reward(

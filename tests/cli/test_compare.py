@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import types
 from pathlib import Path
 
 import pytest
 
-from rlft.cli import study
+from rlft.algorithms import expert_iteration as ei
+from rlft.algorithms import grpo, ppo
+from rlft.cli import compare as command
+from rlft.cli import runs, study
 from rlft.cli.main import main
 
 CONFIG = Path(__file__).parents[2] / "configs" / "study_arithmetic.py"
@@ -51,10 +56,45 @@ def test_a_study_and_its_resumption(tmp_path, capsys):
   )
 
 
+def test_dev_prompts_are_no_seeds_training_prompts(tmp_path):
+  """Of one file the prompts of all seeds come first, then the dev prompts."""
+  path = tmp_path / "train.jsonl"
+  row = lambda i: json.dumps({"question": f"{i}?", "answer": f"#### {i}"})
+  path.write_text("\n".join(row(i) for i in range(20)) + "\n")
+  config = command.Study(
+    task=runs.TaskConfig(name="gsm8k", path=str(path), train=4, train_start=2),
+    seeds=3,
+    dev_prompts=5,
+    budget=256,
+    ei=ei.EIConfig(rounds=1),
+    ppo=ppo.PPOConfig(prompts_per_iteration=2),
+    grpo=grpo.GRPOConfig(prompts_per_iteration=1),
+  )
+  bench = types.SimpleNamespace(config=config)
+  found = [e.prompt for e in command._Bench._dev_rows(bench)]
+  due = runs.examples(config.task, "train", 5, start=2 + 3 * 4)
+  assert found == [e.prompt for e in due] and len(set(found)) == 5
+
+
+def test_a_result_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+  """A study that is killed while it writes runs that arm again."""
+  whole = Path.write_text
+
+  def half(self, text, *args):
+    whole(self, text[: len(text) // 2], *args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(Path, "write_text", half)
+  with pytest.raises(KeyboardInterrupt):
+    runs.write_json(tmp_path / "result.json", {"seconds": 1.0})
+  assert not (tmp_path / "result.json").exists()
+  monkeypatch.undo()
+  runs.write_json(tmp_path / "result.json", {"seconds": math.nan})
+  assert json.loads((tmp_path / "result.json").read_text()) == {"seconds": None}
+
+
 def test_another_study_in_the_same_directory(tmp_path, capsys, monkeypatch):
   """Its arms would be compared with those of other settings."""
-  from rlft.cli import compare as command
-
   monkeypatch.setattr(command._Bench, "do", lambda self, arm: 1 / 0)
   with pytest.raises(ZeroDivisionError):
     compare(tmp_path)
