@@ -450,11 +450,16 @@ def test_rewards_that_do_not_fit(tiny):
 @pytest.mark.parametrize("value", ["separate", "shared"])
 def test_on_a_mesh(tiny, spread, value):
   config = {"iterations": 2, "epochs": 2, "minibatches": 2, "value": value}
+  ppo.make_policy_step.cache_clear()  # with and without a head it is one function
   alone, many = one(tiny, **config), one(spread, **config)
   same_metrics(alone, many)
   assert largest_change(alone.policy, many.policy) < 1e-4
   kernel = many.policy.params["layers"]["mlp"]["up"]["kernel"]
   assert not kernel.sharding.is_fully_replicated
+  # Nothing lies elsewhere after an update than before the first one.
+  run = ppo._Run(spread, settings(**(TOY | config)), None, None)
+  assert run.step._cache_size() == 1
+  assert value == "shared" or run.value_step._cache_size() == 1
 
 
 def same_metrics(a, b):
