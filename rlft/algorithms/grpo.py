@@ -343,7 +343,7 @@ def run(
     DivergenceError: the first update contradicts what must hold of a first update, or
       a loss is not finite.
   """
-  _check(policy, examples, config, reference)
+  examples = _check(policy, examples, config, reference)
   began = time.perf_counter()
   tell = on_event or (lambda kind, values: None)
   run_ = _Run(policy, examples, config, reference)
@@ -376,7 +376,8 @@ def run(
   )
 
 
-def _check(policy, examples, config: GRPOConfig, reference) -> None:
+def _check(policy, examples, config: GRPOConfig, reference) -> list[Example]:
+  """The examples that can be sampled; see `run` for what is raised."""
   if not examples:
     raise DataError("no training prompts")
   if len({e.id for e in examples}) != len(examples):
@@ -384,6 +385,7 @@ def _check(policy, examples, config: GRPOConfig, reference) -> None:
   if not policy.eos_ids:
     raise ConfigError("the policy has no eos_ids: nothing could end a completion")
   _static_loss(config)
+  examples = rollouts.usable(policy, examples, config.max_new_tokens, config.chat)
   rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
   rollouts.check_rows(
     config.prompts_per_iteration,
@@ -398,6 +400,7 @@ def _check(policy, examples, config: GRPOConfig, reference) -> None:
       raise ConfigError("with lora the reference is the base policy: pass no reference")
   if config.lora is None:
     check_patterns(config.optimizer, {"policy": policy.params})
+  return examples
 
 
 class _Run:

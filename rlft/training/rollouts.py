@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from rlft.sampling.buckets import bucket
 from rlft.sampling.generate import generate
 from rlft.sampling.score import completion_hidden, completion_logp
 from rlft.training.data import encode_prompts, place
+
+log = logging.getLogger(__name__)
 
 RewardOf = Callable[[Rollout, Sequence[Example]], Reward]
 
@@ -105,6 +108,30 @@ def prompts_of(
   epoch, at = divmod(iteration, per_epoch)
   order = np.random.default_rng([seed, Purpose.SHUFFLE, epoch]).permutation(size)
   return [examples[i] for i in order[at * count : (at + 1) * count]]
+
+
+def usable(
+  policy: Policy, examples: Sequence[Example], max_new_tokens: int, chat: bool = False
+) -> list[Example]:
+  """The examples whose prompt leaves room for a completion; the others are counted in a
+  warning. Left to the sampler, one would end a run in whichever iteration draws it.
+
+  Raises:
+    DataError: none is left.
+  """
+  room = policy.config.max_positions - max_new_tokens
+  prompts = encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat)
+  kept = [e for e, ids in zip(examples, prompts) if 0 < len(ids) <= room]
+  what = (
+    f"of {len(examples)} training prompts are empty or longer than the {max(0, room)} "
+    f"tokens that max_new_tokens={max_new_tokens} leaves of the model's "
+    f"{policy.config.max_positions} positions"
+  )
+  if not kept:
+    raise DataError(f"all {what}")
+  if len(kept) < len(examples):
+    log.warning("%d %s, and are left out", len(examples) - len(kept), what)
+  return kept
 
 
 def sample(

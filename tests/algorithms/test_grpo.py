@@ -54,6 +54,16 @@ def test_rloo_reaches_the_regularised_optimum(tiny, toy):
   assert toy.total_variation(toy.probabilities(result.policy, 1), goal) < 0.02
 
 
+LOGGED = """
+reward/mean reward/std reward/judged approx_kl entropy clip_fraction ratio_mean
+ratio_max advantage/mean advantage/std groups/equal completion/length_mean
+completion/length_max completion/truncated completion/ended completion/unique
+mismatch/max mismatch/token_mult_prob_error grad_norm learning_rate sampled_solutions
+rollout/tokens_per_second update/tokens_per_second policy_loss time/rollout time/reward
+time/score time/update
+"""
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo", "reinforce"])
 def test_every_preset_takes_a_step_towards_more_reward(tiny, name):
   config = settings(name, iterations=3, samples_per_prompt=32)
@@ -62,6 +72,7 @@ def test_every_preset_takes_a_step_towards_more_reward(tiny, name):
   assert last["reward/mean"] > first["reward/mean"] + 0.1
   assert first["ratio_max"] == pytest.approx(1, abs=1e-5)
   assert all(np.isfinite(x) for x in last.values())
+  assert not set(LOGGED.split()) - set(first)
   assert ("kl/sequence" in last) == (name in ("grpo", "rloo"))
 
 
@@ -81,6 +92,21 @@ def only_prompt_three(rollout, examples):
   full = pay(rollout, examples)
   value = np.where(rollout.prompt_ids == 3, full.value, np.float32(0.75))
   return Reward(value=value, judged=full.judged, each={"x": value})
+
+
+def test_every_rollout_has_new_noise(tiny, monkeypatch):
+  """Draws and iterations alike; a run that is resumed asks for the same again."""
+  steps, right = [], rollouts.generate
+
+  def recorded(*args, step, **kwargs):
+    steps.append((step, kwargs["seed"]))
+    return right(*args, step=step, **kwargs)
+
+  monkeypatch.setattr(rollouts, "generate", recorded)
+  config = settings("dr_grpo", iterations=2, dynamic_sampling=2, seed=7)
+  flat = lambda rollout, examples: Reward(np.ones(16, np.float32), np.ones(16, bool))
+  grpo.run(tiny, PROMPTS, flat, config)
+  assert steps == [(i, 7) for i in range(6)]
 
 
 def test_dynamic_sampling_draws_until_groups_differ(tiny):

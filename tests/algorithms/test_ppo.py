@@ -97,7 +97,7 @@ def one(tiny, reward=pay, critic=None, **changes):
 
 
 def test_first_update_has_ratio_one_and_the_second_epoch_has_not(tiny):
-  first = one(tiny, epochs=1).iterations[0]
+  first = one(tiny, epochs=1, temperature=0.6).iterations[0]
   assert first["ratio_max"] == pytest.approx(1, abs=1e-5)
   assert first["clip_fraction"] == 0
   assert first["kl/sequence"] == pytest.approx(0, abs=1e-5)
@@ -353,6 +353,16 @@ def by_hand(tiny, completions, finished, scores, after=0.0, **changes):
 GAE = [0.4286875, 0.45125, 0.475, 0.5]  # gamma 1, lambda 0.95, V 0.5, 1 at the end
 
 
+def test_whitening_leaves_the_returns(tiny):
+  rows = [["aaaa", "aa"], [True, True], [1.0, -2.0]]
+  plain, said = by_hand(tiny, *rows)
+  white, also = by_hand(tiny, *rows, whiten_advantages=True)
+  np.testing.assert_array_equal(white.returns, plain.returns)
+  own = white.advantage[white.loss_mask]
+  assert own.mean() == pytest.approx(0, abs=1e-6) and own.std() == pytest.approx(1)
+  assert said["advantage/std"] == also["advantage/std"] != pytest.approx(1)
+
+
 @pytest.mark.parametrize("completion", ["aaaa", "aataa", "aattttaa", "taataatt"])
 def test_what_a_tool_said_breaks_no_credit(tiny, completion):
   """Neither values, KL nor rewards are read there, be they NaN."""
@@ -439,6 +449,8 @@ def test_rewards_that_do_not_fit(tiny):
     one(tiny, reward=nan)
   with pytest.raises(DataError, match="no training prompts"):
     ppo.run(tiny, [], pay, settings())
+  with pytest.raises(DataError, match=r"all of 1 .* longer than the 12 tokens"):
+    ppo.run(tiny, [Example(0, "a" * 13, "", "")], pay, settings(**TOY))
   with pytest.raises(ConfigError, match="as_value"):
     one(tiny, critic=scalar.init_scalar(tiny))  # a reward model, not normalised
 

@@ -62,6 +62,17 @@ def reward_of(value, judged=None, **more) -> Reward:
   return Reward(value=value, judged=judged, **more)
 
 
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+  config = DecoderConfig(
+    vocab_size=9, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=16,
+    max_positions=16,
+  )  # fmt: skip
+  model = Decoder(config)
+  params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+  return Policy(model=model, params=params, tokenizer=None, config=config, eos_ids=(0,))
+
+
 # ---------------------------------------------------------------------- prompts
 
 
@@ -78,6 +89,18 @@ def test_every_prompt_once_an_epoch_in_another_order_each():
   assert [e.id for e in rollouts.prompts_of(examples, 4, 2, seed=3)] == taken[4]
   with pytest.raises(ConfigError, match="only 7 training prompts"):
     rollouts.prompts_of(examples, 0, 8, seed=3)
+
+
+def test_prompts_without_room_are_left_out_and_counted(policy, caplog):
+  """`tokenizer` gives a token for each character; the model has 16 positions."""
+  fake = lambda texts: {"input_ids": [[1] * len(text) for text in texts]}
+  policy = dataclasses.replace(policy, tokenizer=fake)
+  examples = [Example(i, "x" * size, "", "") for i, size in enumerate((3, 11, 0, 12))]
+  kept = rollouts.usable(policy, examples, max_new_tokens=5)
+  assert [e.id for e in kept] == [0, 1]
+  assert "2 of 4 training prompts" in caplog.text
+  with pytest.raises(DataError, match="all of 4 training prompts"):
+    rollouts.usable(policy, examples, max_new_tokens=14)
 
 
 # ------------------------------------------------------------------------- rows
@@ -104,15 +127,8 @@ def test_region_is_the_rows_without_the_padding_inside():
   assert found.columns == found.chosen.shape[1] == 7
 
 
-def test_scores_and_values_are_those_of_the_rows_alone():
+def test_scores_and_values_are_those_of_the_rows_alone(policy):
   """In blocks, with rows that only fill the last one."""
-  config = DecoderConfig(
-    vocab_size=9, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=16,
-    max_positions=16,
-  )  # fmt: skip
-  model = Decoder(config)
-  params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
-  policy = Policy(model=model, params=params, tokenizer=None, config=config)
   rollout = rollout_of()
   rows = rollouts.region(rollout)
   small = 3 * rows.tokens.shape[1]  # two blocks of two rows; of three, if uneven
@@ -122,7 +138,7 @@ def test_scores_and_values_are_those_of_the_rows_alone():
   scalar = init_scalar(policy, seed=1)
   value = rollouts.start_values(scalar, rows, max_tokens=small)()
   assert value.shape == (4, rows.columns + 1)
-  every = token_values(model, scalar.params, rows.tokens, rows.mask)
+  every = token_values(policy.model, scalar.params, rows.tokens, rows.mask)
   for i, length in enumerate(rollout.lengths):
     # Before the first token is the prompt's end; after the last one, the last token.
     before = rows.start[i] - 1 + np.arange(length + 1)
