@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.fixture
 def model_dir(tmp_path) -> Path:
   """A tiny checkpoint with a tokenizer of characters."""
@@ -33,7 +36,7 @@ def model_dir(tmp_path) -> Path:
 
 
 def test_the_library_example_runs(tmp_path, model_dir):
-  (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+  code = EXAMPLES[0]
   assert len(code.splitlines()) < 25
   for shown, real in {
     "path/to/model": str(model_dir),
@@ -47,6 +50,20 @@ def test_the_library_example_runs(tmp_path, model_dir):
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout.startswith("['")
   assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_the_example_of_an_algorithm_runs():
+  """On the embedded model, one iteration of a few prompts."""
+  code = EXAMPLES[1]
+  for shown, quick in {"iterations=20": "iterations=1", "500": "16"}.items():
+    assert shown in code
+    code = code.replace(shown, quick)
+  load = "import rlft\nfrom rlft.cli import runs\npolicy = rlft.load(runs.MINI)\n"
+  done = subprocess.run(
+    [sys.executable, "-c", load + code], capture_output=True, text=True, timeout=300
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout.split()[1] == "128"  # sampled solutions
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

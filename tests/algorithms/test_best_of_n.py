@@ -14,6 +14,7 @@ from rlft.core.types import Example, Reward
 from rlft.objectives.estimates import best_of_n_value
 from rlft.sampling.generate import generate
 from rlft.training.optimizer import OptimizerConfig
+from rlft.training.rollouts import prompt_columns
 
 A = 1
 EXAMPLES = [Example(10 + i, "ab"[i % 2] * (1 + i // 2), "", "") for i in range(6)]
@@ -82,11 +83,10 @@ def test_what_is_not_judged_is_never_kept(tiny, caplog):
 
 def test_rewards_of_steps_count(tiny):
   def reward(rollout, examples):
-    columns = rollout.tokens.shape[1] - int(rollout.prompt_lengths.max())
-    step = np.zeros((24, columns), np.float32)
+    step = np.zeros((24, rollout.tokens.shape[1] - prompt_columns(rollout)), np.float32)
     step[3::4, 0] = 0.5
-    step[3::4, 1] = 0.25
-    return Reward(value=np.zeros(24, np.float32), judged=np.ones(24, bool), step=step)
+    value = np.tile(np.float32([0, 0.3, 0, 0.25]), 6)
+    return Reward(value=value, judged=np.ones(24, bool), step=step)
 
   result = bon.best_of_n(tiny, EXAMPLES, reward, CONFIG)
   assert result.kept.tolist() == [3] * 6
