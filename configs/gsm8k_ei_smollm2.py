@@ -6,8 +6,8 @@
 
 DIR holds train.jsonl and test.jsonl of github.com/openai/grade-school-math.
 
-Measured with `:cpu` to the end, on 2 cores shared with other work (200 training prompts,
-K = 4, one round; 100 test prompts, K = 4; 95 % bootstrap over prompts):
+Measured with `:cpu` to the end, on 2 cores shared with other work (200 training
+prompts, K = 4, one round; 100 test prompts, K = 4; 95 % bootstrap over prompts):
 
                     greedy@1           pass@1             pass@4             no answer
   before            .000 [.000, .000]  .000 [.000, .000]  .000 [.000, .000]  .980
