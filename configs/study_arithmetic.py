@@ -27,22 +27,21 @@ def get_config(size: str = "short") -> ConfigDict:
     update_tokens=500 if smoke else 160_000 if full else 80_000,
     max_length=128,
   )
+  decoder = dict(
+    vocab_size=0,
+    width=96,
+    layers=4,
+    heads=4,
+    kv_heads=4,
+    head_dim=24,
+    mlp_width=256,
+    max_positions=256,
+  )
   sampling = dict(max_new_tokens=tokens, max_rows=in_flight)
   return ConfigDict(
     dict(
       model=dict(path="mini"),
-      base=dict(
-        decoder=dict(
-          vocab_size=0,
-          width=96,
-          layers=4,
-          heads=4,
-          kv_heads=4,
-          head_dim=24,
-          mlp_width=256,
-          max_positions=256,
-        ),
-      ),
+      base=dict(path="mini") if smoke else dict(decoder=decoder),
       pretrain=dict(
         optimizer=dict(learning_rate=3e-3, warmup_steps=20, b2=0.98),
         batch_size=64,
@@ -50,7 +49,7 @@ def get_config(size: str = "short") -> ConfigDict:
         max_length=128,
         loss_on="all",
       ),
-      pretrain_prompts=64 if smoke else 20_000,
+      pretrain_prompts=0 if smoke else 20_000,
       task=dict(
         name="arithmetic",
         train=prompts,
