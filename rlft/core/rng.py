@@ -23,6 +23,7 @@ class Purpose(enum.IntEnum):
   EVALUATION = 2
   SHUFFLE = 3
   INIT = 4
+  OUTCOME = 5
 
 
 def check_seed(seed: int) -> int:

@@ -106,7 +106,8 @@ def sample_outcomes(
     seed=seed,
     step=step,
     prompt_ids=[e.id for e in examples],
-    purpose=Purpose.ROLLOUT,
+    # Not a rollout's: an outcome model would reward the samples that it was trained on.
+    purpose=Purpose.OUTCOME,
     max_rows=max_rows,
     on_progress=on_progress,
   )

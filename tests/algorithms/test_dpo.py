@@ -133,8 +133,6 @@ def test_micro_batches_and_epochs(policy, pairs):
 
 @pytest.mark.slow
 def test_on_a_mesh(policy, pairs):
-  if len(jax.devices()) < 8:
-    pytest.skip("needs 8 devices")
   one = dpo.train(policy, pairs[:16], CONFIG)
   mesh = make_mesh(2, 2, 2, devices=jax.devices()[:8])
   model = policy.model.clone(mesh=mesh)

@@ -470,7 +470,7 @@ TRAIN = sft.SFTConfig(
 REAL = ei.EIConfig(
   # Gently: the first updates of a fresh Adam at the rate above undo what was learned.
   train=dataclasses.replace(
-    TRAIN, optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.98), epochs=20
+    TRAIN, optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.98), epochs=40
   ),
   rounds=2,
   samples_per_prompt=4,
@@ -524,7 +524,7 @@ def test_real_run_makes_what_it_accepted_more_likely(real, start, examples):
   before, end = (
     (score(p, tokens, mask) * weight).sum() / weight.sum() for p in (start, real.policy)
   )
-  assert 0 < -end < 0.85 * -before
+  assert 0 < -end < 0.75 * -before
 
 
 def test_real_run_is_deterministic(real, start, examples):

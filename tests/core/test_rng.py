@@ -103,6 +103,7 @@ def test_purposes_are_numbers_that_stay():
     "EVALUATION": 2,
     "SHUFFLE": 3,
     "INIT": 4,
+    "OUTCOME": 5,
   }
 
 
