@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -35,9 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.core import rng
-from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.errors import ConfigError
 from rlft.core.types import Example, Reward, Rollout
-from rlft.models import scalar as scalars
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
 from rlft.models.lora import LoRAConfig
@@ -45,9 +43,16 @@ from rlft.objectives import kl
 from rlft.objectives import policy as policies
 from rlft.objectives.advantages import group_advantage
 from rlft.sampling.score import completion_logp
-from rlft.training import facts, rollouts
+from rlft.training import rollouts
+from rlft.training.iterations import (
+  RLResult,
+  Updater,
+  check_finite,
+  check_run,
+  loop,
+)
 from rlft.training.metrics import PhaseTimers
-from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.step import Sums, make_step
 from rlft.training.trainee import Trainee
@@ -198,18 +203,6 @@ def preset(name: str, **changes: Any) -> GRPOConfig:
   return GRPOConfig(**{"loss": GRPOLoss(**loss), **settings, **changes})
 
 
-@dataclasses.dataclass
-class GRPOResult:
-  """What GRPO gave; the fields are those of `PPOResult`."""
-
-  policy: Policy
-  iterations: list[dict[str, float]]
-  history: list[tuple[int, float]]
-  sampled_solutions: int
-  update_tokens: int
-  seconds: float
-
-
 # ------------------------------------------------------------------------ the loss
 
 
@@ -325,7 +318,7 @@ def run(
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
-) -> GRPOResult:
+) -> RLResult:
   """Runs GRPO.
 
   Args:
@@ -343,64 +336,12 @@ def run(
     DivergenceError: the first update contradicts what must hold of a first update, or
       a loss is not finite.
   """
-  examples = _check(policy, examples, config, reference)
-  began = time.perf_counter()
+  examples = check_run(policy, examples, config, reference)
+  _static_loss(config)
   tell = on_event or (lambda kind, values: None)
   run_ = _Run(policy, examples, config, reference)
-  history, best, best_score = [], None, None
-  if dev_score is not None:
-    best, best_score = policy, dev_score(policy)
-    history.append((0, best_score))
-  iterations: list[dict[str, float]] = []
-  tokens = 0
-  for index in range(config.iterations):
-    stats = run_.iterate(index, reward, tell)
-    tokens += int(stats.pop("update_tokens"))
-    stats["sampled_solutions"] = run_.sampled
-    last = index + 1 == config.iterations
-    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
-      current = run_.trainee.export()
-      stats["dev"] = score = dev_score(current)
-      history.append((run_.sampled, score))
-      if score > best_score:
-        best, best_score = current, score
-    iterations.append(stats)
-    tell("iteration", stats)
-  return GRPOResult(
-    policy=run_.trainee.export() if best is None else best,
-    iterations=iterations,
-    history=history,
-    sampled_solutions=run_.sampled,
-    update_tokens=tokens,
-    seconds=time.perf_counter() - began,
-  )
-
-
-def _check(policy, examples, config: GRPOConfig, reference) -> list[Example]:
-  """The examples that can be sampled; see `run` for what is raised."""
-  if not examples:
-    raise DataError("no training prompts")
-  if len({e.id for e in examples}) != len(examples):
-    raise DataError("two training prompts have the same id: their noise would be equal")
-  if not policy.eos_ids:
-    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
-  _static_loss(config)
-  examples = rollouts.usable(policy, examples, config.max_new_tokens, config.chat)
-  rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
-  rollouts.check_rows(
-    config.prompts_per_iteration,
-    config.samples_per_prompt,
-    config.minibatches,
-    config.micro_batches,
-    policy.model.mesh,
-  )
-  if reference is not None:
-    scalars.check_same_tokenizer(policy, reference)
-    if config.lora is not None:
-      raise ConfigError("with lora the reference is the base policy: pass no reference")
-  if config.lora is None:
-    check_patterns(config.optimizer, {"policy": policy.params})
-  return examples
+  one = lambda index: run_.iterate(index, reward, tell)
+  return loop(one, run_.trainee, policy, config, dev_score, tell)
 
 
 class _Run:
@@ -419,25 +360,21 @@ class _Run:
     )
     start = self.trainee.start
     self.needs_reference = bool(config.loss.kl_coef or config.kl_reward)
-    self.begins_at_reference = reference is None
-    self.reference = start
-    if reference is not None:
-      model = reference.model.clone(dtype=start.model.dtype)
-      self.reference = dataclasses.replace(reference, model=model)
     self.step = make_train_step(
       start.model, _static_loss(config), config.optimizer, config.micro_batches
     )
-    self.recompute = config.old_logp == "recompute"
-    self.begun = False
-    self.draws = self.sampled = 0
+    self.updater = Updater(self.trainee, self.step, config, reference)
+    self.draws = 0
 
   def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:
     """Rollout and rewards, scores, advantages, updates."""
     config, timers = self.config, PhaseTimers()
+    before = self.draws
     rollout, judged, seen = self._collect(reward, tell, timers)
     rows = rollouts.region(rollout)
     with timers.phase("score"):
-      old_logp, ref_logp, gap = self._score(index, rows)
+      logps = self.updater.start_logps(index, rows, self.needs_reference)
+      old_logp, ref_logp, gap = logps()
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp)
     stats |= gap | seen
@@ -447,6 +384,8 @@ class _Run:
     seconds = timers.pop()
     stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
     stats["update_tokens"] = tokens
+    rows_drawn = config.prompts_per_iteration * config.samples_per_prompt
+    stats["samples"] = (self.draws - before) * rows_drawn
     return stats | seconds
 
   def _collect(
@@ -477,7 +416,6 @@ class _Run:
           on_progress=lambda done, of: tell("sample", {"done": done, "of": of}),
         )
       self.draws += 1
-      self.sampled += len(rollout.finished)
       with timers.phase("reward"):
         judged = rollouts.with_steps_added(reward(rollout, prompts), rollout)
       equal_G = _equal_groups(judged, size)
@@ -497,27 +435,6 @@ class _Run:
       rollout, judged = rollouts.join_groups(groups[:need], size)
     return rollout, judged, seen
 
-  def _score(self, index: int, rows: Region):
-    """(old_logp [B, C], ref_logp [B, C] or None, measured mismatch)."""
-    config = self.config
-    policy, lora = self.trainee.adapted()
-    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
-    logp = functools.partial(
-      rollouts.start_logp, rows=rows, temperature=config.temperature,
-      max_tokens=config.max_tokens,
-    )  # fmt: skip
-    own = logp(policy, lora=lora) if measure else None
-    ref = logp(self.reference) if self.needs_reference else None
-    old_logp, gap = rows.logp, {}
-    if own is not None:
-      trained = own()
-      gap = facts.mismatch(rows.logp, trained, rows.chosen)
-      if config.old_logp == "auto":
-        self.recompute = gap["mismatch/max"] > facts.AGREE
-      if self.recompute:
-        old_logp = trained
-    return old_logp, None if ref is None else ref(), gap
-
   def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp):
     """The rows with their advantages, and the numbers that go with them."""
     config = self.config
@@ -527,8 +444,6 @@ class _Run:
     value_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
     stats = {}
     if ref_logp is not None:
-      if self.begins_at_reference and not self.begun:
-        facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
       # Of rows that were cut as well: masked or not, they are in the baselines.
       kl_B = np.where(rows.chosen, old_logp - ref_logp, 0.0).sum(1)
       value_B = value_B - config.kl_reward * kl_B
@@ -545,22 +460,21 @@ class _Run:
     some_B = advantage_B[trained_B] if trained_B.any() else np.zeros(1)
     stats["advantage/mean"] = float(some_B.mean())
     stats["advantage/std"] = float(some_B.std())
-    weighted = config.loss.importance_cap and self.recompute
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
       start=rows.start,
       loss_mask=mask_BC,
       old_logp=old_logp,
-      behaviour_logp=rows.logp if weighted else None,
+      behaviour_logp=self.updater.behaviour_logp(rows),
       ref_logp=ref_logp if config.loss.kl_coef else None,
       advantage=np.where(mask_BC, advantage_B[:, None], 0.0).astype(np.float32),
     )
     return batch, stats
 
   def _update(self, index: int, batch: RLBatch, tell) -> dict[str, float]:
-    config, means, trainee = self.config, Means(), self.trainee
-    mesh = trainee.start.model.mesh
+    config, means = self.config, Means()
+    mesh = self.trainee.start.model.mesh
     of, done = config.epochs * config.minibatches, 0
     if not batch.loss_mask.any():
       log.warning("iteration %d: no row could be judged; nothing is updated", index)
@@ -570,23 +484,11 @@ class _Run:
         batch, config.minibatches, config.seed, index, epoch, mesh
       )
       for part in parts:
-        trainee.state, metrics = self.step(
-          trainee.state, part, trainee.base, np.float32(config.temperature)
-        )
-        means.add(metrics)
-        if not self.begun:
-          facts.check_first_update(
-            metrics, config.compute_dtype, config.old_logp != "sampler"
-          )
-          self.begun = True
+        means.add(self.updater.update(part))
         done += 1
         tell("train", {"step": done, "of": of})
     stats = means.read()
-    if not np.isfinite(stats["loss"]):
-      raise DivergenceError(
-        f"iteration {index}: the loss is {stats['loss']}; lower the learning rate, or "
-        "look for what the reward gave"
-      )
+    check_finite(index, stats, "loss")
     return stats
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.core import rng
-from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.errors import ConfigError
 from rlft.core.types import Example, Reward
 from rlft.models import scalar as scalars
 from rlft.models.decoder import Decoder
@@ -42,9 +41,16 @@ from rlft.objectives import kl
 from rlft.objectives import policy as policies
 from rlft.objectives import value as values
 from rlft.sampling.score import completion_hidden, hidden_logp
-from rlft.training import facts, rollouts
+from rlft.training import rollouts
+from rlft.training.iterations import (
+  RLResult,
+  Updater,
+  check_finite,
+  check_run,
+  loop,
+)
 from rlft.training.metrics import PhaseTimers
-from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.step import Sums, init_state, make_step
 from rlft.training.trainee import Trainee
@@ -199,30 +205,6 @@ class PPOConfig:
       if getattr(self, name) not in legal:
         raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
     rng.check_seed(self.seed)
-
-
-@dataclasses.dataclass
-class PPOResult:
-  """What PPO gave.
-
-  Attributes:
-    policy: of the best dev score, or the last one without a dev split; adapters are
-      merged.
-    value: the value model, or None with a shared trunk.
-    iterations: one dict of metrics an iteration.
-    history: (sampled solutions, dev score) pairs, the start first.
-    sampled_solutions: completions sampled for training, exactly.
-    update_tokens: tokens in the policy's losses, epochs counted.
-    seconds: wall clock.
-  """
-
-  policy: Policy
-  value: ScalarModel | None
-  iterations: list[dict[str, float]]
-  history: list[tuple[int, float]]
-  sampled_solutions: int
-  update_tokens: int
-  seconds: float
 
 
 # ------------------------------------------------------------------------ the losses
@@ -427,7 +409,7 @@ def run(
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
-) -> PPOResult:
+) -> RLResult:
   """Runs PPO.
 
   Args:
@@ -442,7 +424,7 @@ def run(
     on_event: called with ("sample" | "train" | "iteration", values) for progress.
 
   Returns:
-    `PPOResult`.
+    `RLResult`.
 
   Raises:
     ConfigError, DataError: before any device work.
@@ -450,77 +432,36 @@ def run(
     DivergenceError: the first update contradicts what must hold of a first update, or
       a loss is not finite.
   """
-  examples = _check(policy, examples, config, value, reference)
-  began = time.perf_counter()
+  examples = check_run(policy, examples, config, reference)
+  _check(policy, config, value)
   tell = on_event or (lambda kind, values: None)
   run_ = _Run(policy, config, value, reference)
-  history, best, best_score = [], None, None
-  if dev_score is not None:
-    best, best_score = policy, dev_score(policy)
-    history.append((0, best_score))
-  iterations: list[dict[str, float]] = []
-  sampled = tokens = 0
-  for index in range(config.iterations):
+
+  def one(index: int) -> dict[str, float]:
     prompts = rollouts.prompts_of(
       examples, index, config.prompts_per_iteration, config.seed
     )
-    stats = run_.iterate(index, prompts, reward, tell)
-    sampled += len(prompts) * config.samples_per_prompt
-    tokens += int(stats.pop("update_tokens"))
-    stats["sampled_solutions"] = sampled
-    last = index + 1 == config.iterations
-    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
-      current = run_.trainee.export()
-      stats["dev"] = score = dev_score(current)
-      history.append((sampled, score))
-      if score > best_score:
-        best, best_score = current, score
-    iterations.append(stats)
-    tell("iteration", stats)
-  return PPOResult(
-    policy=run_.trainee.export() if best is None else best,
-    value=run_.value_model() if config.value == "separate" else None,
-    iterations=iterations,
-    history=history,
-    sampled_solutions=sampled,
-    update_tokens=tokens,
-    seconds=time.perf_counter() - began,
-  )
+    return run_.iterate(index, prompts, reward, tell)
+
+  result = loop(one, run_.trainee, policy, config, dev_score, tell)
+  if config.value == "separate":
+    result.value = run_.value_model()
+  return result
 
 
-def _check(policy, examples, config: PPOConfig, value, reference) -> list[Example]:
-  """The examples that can be sampled; see `run` for what is raised."""
-  if not examples:
-    raise DataError("no training prompts")
-  if len({e.id for e in examples}) != len(examples):
-    raise DataError("two training prompts have the same id: their noise would be equal")
-  if not policy.eos_ids:
-    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+def _check(policy: Policy, config: PPOConfig, value: ScalarModel | None) -> None:
+  """Raises `ConfigError` where losses or value model do not fit; no device work."""
   _static_loss(config)
-  examples = rollouts.usable(policy, examples, config.max_new_tokens, config.chat)
-  rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
-  rollouts.check_rows(
-    config.prompts_per_iteration,
-    config.samples_per_prompt,
-    config.minibatches,
-    config.micro_batches,
-    policy.model.mesh,
-  )
-  if value is not None and config.value == "shared":
+  if value is None:
+    return
+  if config.value == "shared":
     raise ConfigError("value='shared' is a head on the policy: pass no value model")
-  if value is not None and value.kind != "value":
+  if value.kind != "value":
     raise ConfigError(
       f"value is a model of kind {value.kind!r}, whose values are not normalised: pass "
       "scalar.as_value of it"
     )
-  for other in (value, reference):
-    if other is not None:
-      scalars.check_same_tokenizer(policy, other)
-  if reference is not None and config.lora is not None:
-    raise ConfigError("with lora the reference is the base policy: pass no reference")
-  if config.lora is None:
-    check_patterns(config.optimizer, {"policy": policy.params})
-  return examples
+  scalars.check_same_tokenizer(policy, value)
 
 
 class _Run:
@@ -542,15 +483,11 @@ class _Run:
       seed=config.seed,
     )
     start = self.trainee.start
-    self.reference = start
-    self.begins_at_reference = reference is None
-    if reference is not None:
-      model = reference.model.clone(dtype=start.model.dtype)
-      self.reference = dataclasses.replace(reference, model=model)
     loss = _static_loss(config)
     self.step = make_policy_step(
       start.model, loss, config.optimizer, config.micro_batches
     )
+    self.updater = Updater(self.trainee, self.step, config, reference)
     self.value = self.value_state = None
     if not shared:
       value = value or scalars.init_scalar(policy, init="zero")
@@ -563,8 +500,6 @@ class _Run:
         model, loss, config.value_optimizer, config.micro_batches
       )
     self.kl_coef = config.kl_coef
-    self.recompute = config.old_logp == "recompute"
-    self.begun = False  # whether the policy has been updated
 
   def value_model(self) -> ScalarModel:
     """What estimates values now: the separate model, or trunk and head."""
@@ -596,12 +531,14 @@ class _Run:
       rows = rollouts.region(rollout)
     # Programs are started, then the host judges while the device computes.
     with timers.phase("score"):
-      waiting = self._start_scores(index, rows)
+      logps = self.updater.start_logps(index, rows)
+      value = rollouts.start_values(self.value_model(), rows, config.max_tokens)
     with timers.phase("reward"):
       judged = reward(rollout, prompts)
       rollouts.check_reward(judged, rollout)
     with timers.phase("score"):
-      old_logp, ref_logp, value_BC, gap = self._wait(rows, waiting)
+      old_logp, ref_logp, gap = logps()
+      value_BC = value()
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BC)
     stats |= rollouts.rollout_metrics(rollout, judged) | gap
@@ -625,34 +562,8 @@ class _Run:
     seconds = timers.pop()
     stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
     stats["update_tokens"] = tokens if trained else 0
+    stats["samples"] = len(rollout.finished)
     return stats | seconds
-
-  def _start_scores(self, index: int, rows: Region):
-    config = self.config
-    policy, lora = self.trainee.adapted()
-    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
-    logp = functools.partial(
-      rollouts.start_logp, rows=rows, temperature=config.temperature,
-      max_tokens=config.max_tokens,
-    )  # fmt: skip
-    return (
-      logp(policy, lora=lora) if measure else None,
-      logp(self.reference),
-      rollouts.start_values(self.value_model(), rows, config.max_tokens),
-    )
-
-  def _wait(self, rows: Region, waiting):
-    """(old_logp, ref_logp [B, C], values [B, C + 1], measured mismatch)."""
-    own, ref, value = waiting
-    old_logp, gap = rows.logp, {}
-    if own is not None:
-      trained = own()
-      gap = facts.mismatch(rows.logp, trained, rows.chosen)
-      if self.config.old_logp == "auto":
-        self.recompute = gap["mismatch/max"] > facts.AGREE
-      if self.recompute:
-        old_logp = trained
-    return old_logp, ref(), value(), gap
 
   def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp, value_BC):
     """The rows with their advantages, and the numbers that go with them."""
@@ -672,22 +583,19 @@ class _Run:
       after_B = np.take_along_axis(value_BC, rollout.lengths[:, None], axis=1)[:, 0]
       bootstrap_B = np.where(rollout.finished, 0.0, after_B).astype(np.float32)
     value_BC = np.where(rows.chosen, value_BC[:, :columns], np.float32(0))
-    if self.begins_at_reference and not self.begun:
-      facts.check_reference(old_logp, ref_logp, mask_BC, config.compute_dtype)
     found = estimate_advantages(
       reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B,
       np.float32(self.kl_coef), np.float32(config.gamma), np.float32(config.gae_lambda),
       estimator=config.kl_estimator, whiten=config.whiten_advantages,
     )  # fmt: skip
     found = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
-    weighted = config.loss.importance_cap and self.recompute
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
       start=rows.start,
       loss_mask=mask_BC,
       old_logp=old_logp,
-      behaviour_logp=rows.logp if weighted else None,
+      behaviour_logp=self.updater.behaviour_logp(rows),
       advantage=found.pop("advantage"),
       returns=found.pop("returns"),
       old_value=value_BC,
@@ -712,26 +620,12 @@ class _Run:
           self.value_state, metrics = self.value_step(self.value_state, part)
           critic.add(metrics)
         if index >= config.critic_warmup:
-          trainee = self.trainee
-          trainee.state, metrics = self.step(
-            trainee.state, part, trainee.base, np.float32(config.temperature)
-          )
-          means.add(metrics)
-          if not self.begun:
-            facts.check_first_update(
-              metrics, config.compute_dtype, config.old_logp != "sampler"
-            )
-            self.begun = True
+          means.add(self.updater.update(part))
         tell("train", {"step": done, "of": of})
     stats = means.read()
     stats |= {
       name if name.startswith("value") else f"value/{name}": x
       for name, x in critic.read().items()
     }
-    for name in ("loss", "value/loss"):
-      if not np.isfinite(stats.get(name, 0.0)):
-        raise DivergenceError(
-          f"iteration {index}: {name} is {stats[name]}; lower the learning rate, or "
-          "look for what the reward gave"
-        )
+    check_finite(index, stats, "loss", "value/loss")
     return stats

@@ -1,0 +1,222 @@
+"""The policy's side of an on-policy run: what PPO and GRPO do alike.
+
+  check_run before any device work; then for every iteration: (sample,) start_logps,
+  (judge, advantages,) update; `loop` counts, evaluates and keeps the best.
+
+A config here is that of the method: settings of one name mean one thing in all of them.
+
+Letters: B rows, C completion columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.types import Example
+from rlft.models.hub import Policy
+from rlft.models.scalar import ScalarModel, check_same_tokenizer
+from rlft.training import facts, rollouts
+from rlft.training.optimizer import check_patterns
+from rlft.training.rollouts import Region
+from rlft.training.trainee import Trainee
+
+
+@dataclasses.dataclass
+class RLResult:
+  """What an on-policy run gave.
+
+  Attributes:
+    policy: of the best dev score, or the last one without a dev split; adapters are
+      merged.
+    iterations: one dict of metrics an iteration.
+    history: (sampled solutions, dev score) pairs, the start first.
+    sampled_solutions: completions sampled for training, exactly.
+    update_tokens: tokens in the policy's losses, epochs counted.
+    seconds: wall clock.
+    value: the last value model, where the method has one of its own.
+  """
+
+  policy: Policy
+  iterations: list[dict[str, float]]
+  history: list[tuple[int, float]]
+  sampled_solutions: int
+  update_tokens: int
+  seconds: float
+  value: ScalarModel | None = None
+
+
+def check_run(
+  policy: Policy, examples: Sequence[Example], config: Any, reference: Policy | None
+) -> list[Example]:
+  """The examples that can be sampled; no device work.
+
+  Raises:
+    DataError: there are none, or two have the same id.
+    ConfigError: the policy cannot end a completion, an iteration's rows cannot be
+      divided, or the reference does not fit.
+  """
+  if not examples:
+    raise DataError("no training prompts")
+  if len({e.id for e in examples}) != len(examples):
+    raise DataError("two training prompts have the same id: their noise would be equal")
+  if not policy.eos_ids:
+    raise ConfigError("the policy has no eos_ids: nothing could end a completion")
+  examples = rollouts.usable(policy, examples, config.max_new_tokens, config.chat)
+  rollouts.prompts_of(examples, 0, config.prompts_per_iteration, config.seed)
+  rollouts.check_rows(
+    config.prompts_per_iteration,
+    config.samples_per_prompt,
+    config.minibatches,
+    config.micro_batches,
+    policy.model.mesh,
+  )
+  if reference is not None:
+    check_same_tokenizer(policy, reference)
+    if config.lora is not None:
+      raise ConfigError("with lora the reference is the base policy: pass no reference")
+  if config.lora is None:
+    check_patterns(config.optimizer, {"policy": policy.params})
+  return examples
+
+
+def loop(
+  one: Callable[[int], dict[str, float]],
+  trainee: Trainee,
+  start: Policy,
+  config: Any,
+  dev_score: Callable[[Policy], float] | None,
+  tell: Callable[[str, dict[str, Any]], None],
+) -> RLResult:
+  """Runs the iterations: counts samples and tokens, and keeps the best by dev score.
+
+  Args:
+    one: of the iteration's index; its metrics, with "samples" (completions sampled in
+      it) and "update_tokens", which are summed here.
+    trainee: what `one` trains.
+    start: the policy before the first iteration, as it was given.
+    config: gives `iterations` and `eval_every`.
+    dev_score: of a policy; None keeps the last.
+    tell: gets ("iteration", metrics).
+  """
+  began = time.perf_counter()
+  history, best, best_score = [], None, None
+  if dev_score is not None:
+    best, best_score = start, dev_score(start)
+    history.append((0, best_score))
+  iterations: list[dict[str, float]] = []
+  sampled = tokens = 0
+  for index in range(config.iterations):
+    stats = one(index)
+    sampled += int(stats.pop("samples"))
+    tokens += int(stats.pop("update_tokens"))
+    stats["sampled_solutions"] = sampled
+    last = index + 1 == config.iterations
+    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
+      current = trainee.export()
+      stats["dev"] = score = dev_score(current)
+      history.append((sampled, score))
+      if score > best_score:
+        best, best_score = current, score
+    iterations.append(stats)
+    tell("iteration", stats)
+  return RLResult(
+    policy=trainee.export() if best is None else best,
+    iterations=iterations,
+    history=history,
+    sampled_solutions=sampled,
+    update_tokens=tokens,
+    seconds=time.perf_counter() - began,
+  )
+
+
+class Updater:
+  """Updates a policy, and knows what its ratios are taken to.
+
+  Attributes:
+    reference: what a KL is measured to; the policy at the start when none was given.
+    recompute: whether old log-probabilities are the scorer's; with old_logp="auto" the
+      measured mismatch decides.
+    begun: whether the policy has been updated. Before that it is its reference, and
+      its ratios are 1: both are asserted.
+  """
+
+  def __init__(self, trainee: Trainee, step, config: Any, reference: Policy | None):
+    """Args: what is trained, its train step, the method's config, see above."""
+    self.trainee, self.step, self.config = trainee, step, config
+    self.reference, self._own_reference = trainee.start, reference is None
+    if reference is not None:
+      model = reference.model.clone(dtype=trainee.start.model.dtype)
+      self.reference = dataclasses.replace(reference, model=model)
+    self.recompute = config.old_logp == "recompute"
+    self.begun = False
+
+  def start_logps(
+    self, index: int, rows: Region, with_reference: bool = True
+  ) -> Callable[[], tuple[np.ndarray, np.ndarray | None, dict[str, float]]]:
+    """Starts the scores of an iteration's rows on the device.
+
+    Returns:
+      A function that waits for them: (old_logp [B, C], ref_logp [B, C] or None, how
+      far sampler and scorer disagree, where that was measured).
+    """
+    config = self.config
+    policy, lora = self.trainee.adapted()
+    start = functools.partial(
+      rollouts.start_logp,
+      rows=rows,
+      temperature=config.temperature,
+      max_tokens=config.max_tokens,
+    )
+    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
+    own = start(policy, lora=lora) if measure else None
+    ref = start(self.reference) if with_reference else None
+
+    def wait():
+      old_logp, gap = rows.logp, {}
+      if own is not None:
+        scored = own()
+        gap = facts.mismatch(rows.logp, scored, rows.chosen)
+        if config.old_logp == "auto":
+          self.recompute = gap["mismatch/max"] > facts.AGREE
+        if self.recompute:
+          old_logp = scored
+      ref_logp = None if ref is None else ref()
+      if ref_logp is not None and self._own_reference and not self.begun:
+        dtype = config.compute_dtype
+        facts.check_reference(old_logp, ref_logp, rows.chosen, dtype)
+      return old_logp, ref_logp, gap
+
+    return wait
+
+  def behaviour_logp(self, rows: Region) -> np.ndarray | None:
+    """The sampler's log-probs, where ratios to them are to be corrected for."""
+    return rows.logp if self.config.loss.importance_cap and self.recompute else None
+
+  def update(self, part: rollouts.RLBatch) -> Mapping[str, Any]:
+    """One update of the policy; its metrics, still on the device."""
+    trainee, config = self.trainee, self.config
+    trainee.state, metrics = self.step(
+      trainee.state, part, trainee.base, np.float32(config.temperature)
+    )
+    if not self.begun:
+      measured = config.old_logp != "sampler"
+      facts.check_first_update(metrics, config.compute_dtype, measured)
+      self.begun = True
+    return metrics
+
+
+def check_finite(index: int, stats: Mapping[str, float], *names: str) -> None:
+  """Raises `DivergenceError` when one of these losses is not finite."""
+  for name in names:
+    if not np.isfinite(stats.get(name, 0.0)):
+      raise DivergenceError(
+        f"iteration {index}: {name} is {stats[name]}; lower the learning rate, or "
+        "look for what the reward gave"
+      )
