@@ -19,15 +19,14 @@ from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel
 from rlft.rewards.verifiable import Judge, Steps, judge_all, step_ends
-from rlft.sampling.generate import generate
 from rlft.training.data import (
   TokenRow,
   collate,
-  encode_prompts,
   encode_rows,
   grouped,
   place,
 )
+from rlft.training.rollouts import sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +96,15 @@ def sample_outcomes(
     Exactly len(examples) * K outcomes, samples of a prompt adjacent; those that the
     length limit cut are among them.
   """
-  rollout = generate(
+  rollout = sample(
     policy,
-    encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat),
+    examples,
     samples=samples,
-    max_new_tokens=max_new_tokens,
     temperature=temperature,
+    max_new_tokens=max_new_tokens,
     seed=seed,
     step=step,
-    prompt_ids=[e.id for e in examples],
+    chat=chat,
     # Not a rollout's: an outcome model would reward the samples that it was trained on.
     purpose=Purpose.OUTCOME,
     max_rows=max_rows,

@@ -145,6 +145,7 @@ def sample(
   step: int,
   stop: Sequence[str] = (),
   chat: bool = False,
+  purpose: Purpose = Purpose.ROLLOUT,
   max_rows: int = 128,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
@@ -159,7 +160,7 @@ def sample(
     seed=seed,
     step=step,
     prompt_ids=[e.id for e in examples],
-    purpose=Purpose.ROLLOUT,
+    purpose=purpose,
     max_rows=max_rows,
     on_progress=on_progress,
   )
