@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -37,7 +38,8 @@ def children():
   """Of this process, zombies included."""
   found = set()
   for task in Path("/proc/self/task").iterdir():
-    found |= set(map(int, (task / "children").read_text().split()))
+    with contextlib.suppress(FileNotFoundError):  # a thread of XLA that just ended
+      found |= set(map(int, (task / "children").read_text().split()))
   return found
 
 
