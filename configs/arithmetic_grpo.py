@@ -4,6 +4,16 @@ Writes the improved model, every metric of every iteration and a plot:
 
   rlft grpo --config=configs/arithmetic_grpo.py --workdir=runs/grpo
   rlft grpo --config=configs/arithmetic_grpo.py:dapo --workdir=runs/dapo
+
+Measured, `:grpo`, one seed, 100 test prompts, [95 % bootstrap over prompts]; 7,680
+sampled solutions, 3 minutes of one core:
+
+  |        | greedy@1       | maj@16         | pass@1         | pass@16        |
+  |--------|----------------|----------------|----------------|----------------|
+  | before | .33 [.24, .42] | .33 [.25, .42] | .22 [.17, .26] | .70 [.60, .79] |
+  | after  | .55 [.45, .65] | .53 [.44, .63] | .39 [.33, .45] | .82 [.74, .89] |
+
+At a learning rate of 1e-3 the policy is lost in two iterations (KL above 7).
 """
 
 import dataclasses

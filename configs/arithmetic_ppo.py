@@ -4,6 +4,17 @@ Writes the improved model, every metric of every iteration and a plot:
 
   rlft ppo --config=configs/arithmetic_ppo.py --workdir=runs/ppo
   rlft ppo --config=configs/arithmetic_ppo.py:dense --workdir=runs/ppo_dense
+
+Measured, sparse, one seed, 100 test prompts, [95 % bootstrap over prompts]; 7,680
+sampled solutions, 7 minutes of one core:
+
+  |        | greedy@1       | maj@16         | pass@1         | pass@16        |
+  |--------|----------------|----------------|----------------|----------------|
+  | before | .33 [.24, .42] | .33 [.25, .42] | .22 [.17, .26] | .70 [.60, .79] |
+  | after  | .69 [.60, .78] | .69 [.60, .77] | .49 [.43, .55] | .92 [.86, .97] |
+
+At half the learning rate greedy@1 came to .62 [.52, .71]; at three times it the policy
+left the reference (KL above 3) and gained slowly.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +34,7 @@ def get_config(reward: str = "sparse") -> ConfigDict:
       ),
       reward=dict(kind=reward, accept="consistent"),
       ppo=dict(
-        optimizer=adam(3e-4),
+        optimizer=adam(1e-4),
         value_optimizer=adam(1e-3),
         iterations=60,
         prompts_per_iteration=32,

@@ -15,7 +15,7 @@ def get_config(size: str = "short") -> ConfigDict:
   full, smoke = size == "full", size == "smoke"
   if size not in ("short", "full", "smoke"):
     raise ValueError(f"{size!r}: short, full or smoke")
-  prompts = 32 if smoke else 1000 if full else 500
+  prompts = 32 if smoke else 800 if full else 500
   samples = 4 if smoke else 8
   rows = 16 if smoke else 100
   tokens = 48
@@ -49,7 +49,7 @@ def get_config(size: str = "short") -> ConfigDict:
         max_length=128,
         loss_on="all",
       ),
-      pretrain_prompts=0 if smoke else 20_000,
+      pretrain_prompts=0 if smoke else 40_000,
       task=dict(
         name="arithmetic",
         train=prompts,
