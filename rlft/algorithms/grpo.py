@@ -487,7 +487,7 @@ class _Run:
         means.add(self.updater.update(part))
         done += 1
         tell("train", {"step": done, "of": of})
-    stats = means.read()
+    stats = means.read() | self.updater.first_mismatch(means)
     check_finite(index, stats, "loss")
     return stats
 

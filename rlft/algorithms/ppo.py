@@ -117,7 +117,8 @@ class PPOConfig:
     critic_warmup: first iterations that train the (separate) value model only.
     old_logp: where old log-probabilities come from: "recompute" them, take the
       "sampler"'s, or "auto": the sampler's while they agree within 1e-4, measured in
-      the first iteration and every 16th.
+      the first iteration and every 16th. What an iteration's first update sees of it
+      is always logged.
     lora: trains adapters, the reference being the base without them; None trains all.
     compute_dtype, remat: of the models; masters stay float32.
     max_tokens: of a block of rows that is scored at once.
@@ -622,7 +623,7 @@ class _Run:
         if index >= config.critic_warmup:
           means.add(self.updater.update(part))
         tell("train", {"step": done, "of": of})
-    stats = means.read()
+    stats = means.read() | self.updater.first_mismatch(means)
     stats |= {
       name if name.startswith("value") else f"value/{name}": x
       for name, x in critic.read().items()

@@ -112,7 +112,8 @@ def policy_loss(
   Returns:
     (sum, denominator), float32 scalars, and stats over tokens: clip_fraction (tokens
     without gradient because of a clip), approx_kl (k3 of KL(old || new)), ratio_mean,
-    ratio_max, and importance_weight where it is used.
+    ratio_max, mult_prob_error (mean of exp|log ratio|), and importance_weight where it
+    is used.
 
   Raises:
     ConfigError: settings out of range or contradicting each other.
@@ -173,6 +174,7 @@ def policy_loss(
     # expm1: near ratio 1, ratio - 1 - log ratio is all rounding.
     "approx_kl": mean_of(jnp.expm1(log_ratio_BC) - log_ratio_BC),
     "ratio_mean": mean_of(ratio_BC),
+    "mult_prob_error": mean_of(jnp.exp(jnp.abs(log_ratio_BC))),
     "ratio_max": (
       jax.lax.stop_gradient(jnp.max(ratio_BC, initial=0.0, where=mask_BC)),
       jnp.float32(1.0),

@@ -143,6 +143,7 @@ class Updater:
     reference: what a KL is measured to; the policy at the start when none was given.
     recompute: whether old log-probabilities are the scorer's; with old_logp="auto" the
       measured mismatch decides.
+    measured: whether the mismatch of this iteration was measured by the scorer.
     begun: whether the policy has been updated. Before that it is its reference, and
       its ratios are 1: both are asserted.
   """
@@ -155,7 +156,7 @@ class Updater:
       model = reference.model.clone(dtype=trainee.start.model.dtype)
       self.reference = dataclasses.replace(reference, model=model)
     self.recompute = config.old_logp == "recompute"
-    self.begun = False
+    self.measured = self.begun = False
 
   def start_logps(
     self, index: int, rows: Region, with_reference: bool = True
@@ -174,8 +175,8 @@ class Updater:
       temperature=config.temperature,
       max_tokens=config.max_tokens,
     )
-    measure = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
-    own = start(policy, lora=lora) if measure else None
+    self.measured = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
+    own = start(policy, lora=lora) if self.measured else None
     ref = start(self.reference) if with_reference else None
 
     def wait():
@@ -198,6 +199,14 @@ class Updater:
   def behaviour_logp(self, rows: Region) -> np.ndarray | None:
     """The sampler's log-probs, where ratios to them are to be corrected for."""
     return rows.logp if self.config.loss.importance_cap and self.recompute else None
+
+  def first_mismatch(self, means: rollouts.Means) -> dict[str, float]:
+    """Of sampler and trainer, as the first update of the iteration saw it: its ratios
+    are to the sampler's, and it changed nothing yet. Costs nothing; {} where the scorer
+    measured it on all rows, or nothing was updated."""
+    first = {} if self.measured else means.first()
+    error = first.get("mult_prob_error")
+    return {} if error is None else {"mismatch/token_mult_prob_error": error}
 
   def update(self, part: rollouts.RLBatch) -> Mapping[str, Any]:
     """One update of the policy; its metrics, still on the device."""

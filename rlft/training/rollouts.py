@@ -452,6 +452,10 @@ class Means:
   def add(self, metrics: Mapping[str, Any]) -> None:
     self._all.append(metrics)
 
+  def first(self) -> dict[str, float]:
+    """Metrics of the first update; {} without one."""
+    return {name: float(x) for one in self._all[:1] for name, x in one.items()}
+
   def read(self) -> dict[str, float]:
     """One number for each metric."""
     each = jax.device_get(self._all)

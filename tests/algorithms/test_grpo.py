@@ -73,6 +73,8 @@ def test_every_preset_takes_a_step_towards_more_reward(tiny, name):
   assert first["ratio_max"] == pytest.approx(1, abs=1e-5)
   assert all(np.isfinite(x) for x in last.values())
   assert not set(LOGGED.split()) - set(first)
+  assert set(LOGGED.split()) - set(last) == {"mismatch/max"}  # not scored again
+  assert last["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=1e-4)
   assert ("kl/sequence" in last) == (name in ("grpo", "rloo"))
 
 

@@ -148,9 +148,13 @@ value_clip_fraction time/rollout time/reward time/score time/update
 
 
 def test_every_number_that_people_look_at_is_logged(tiny):
-  stats = one(tiny, epochs=2, minibatches=2).iterations[0]
+  stats, later = one(tiny, iterations=2, epochs=2, minibatches=2).iterations
   due = set(LOGGED.split())
   assert not due - set(stats)
+  # Not scored again: seen by the first update, before anything moved.
+  assert due - set(later) == {"mismatch/max"}
+  assert later["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=1e-4)
+  assert later["mult_prob_error"] > 1.01
   assert all(np.isfinite(x) for x in stats.values())
   assert stats["mismatch/max"] < 1e-4
   assert 0 < stats["entropy"] < np.log(3)

@@ -52,6 +52,8 @@ def test_clipping_by_hand():
   assert stats["clip_fraction"] == (2, 6)
   assert stats["ratio_mean"] == pytest.approx((10.1, 6))
   assert stats["ratio_max"] == pytest.approx((5, 1))
+  each = np.maximum(RATIO, 1 / RATIO)
+  assert stats["mult_prob_error"] == pytest.approx((each.sum(), 6), rel=1e-5)
   k3 = np.sum(RATIO - 1 - np.log(RATIO))
   assert stats["approx_kl"] == pytest.approx((k3, 6), rel=1e-5)
 
