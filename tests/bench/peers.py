@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -50,10 +51,12 @@ TARGETS = {
 # ------------------------------------------------------------------ the peers
 #
 # Each takes a shape and prompts (lists of token ids) and returns a function of the
-# round's number that samples and returns how many tokens it chose.
+# round's number that samples and returns how many tokens it chose. Their models are
+# those of peers_rl.py too.
 
 
-def _rlft(shape, prompts):
+def rlft_policy():
+  """The model of rlft, without a tokenizer."""
   sys.path.insert(0, str(Path(__file__).parents[2]))
   import rlft
   from rlft.core import platform
@@ -76,7 +79,12 @@ def _rlft(shape, prompts):
   )
   model = Decoder(config)
   params = init_params(model, jax.random.key(0))
-  policy = rlft.Policy(model=model, params=params, tokenizer=None, config=config)
+  return rlft.Policy(model=model, params=params, tokenizer=None, config=config)
+
+
+def _rlft(shape, prompts):
+  policy = rlft_policy()
+  import rlft
 
   def sample(number):
     rollout = rlft.generate(
@@ -92,7 +100,8 @@ def _rlft(shape, prompts):
   return sample
 
 
-def _transformers(shape, prompts, static=False):
+def torch_model():
+  """The model of transformers."""
   import torch
   import transformers
 
@@ -111,7 +120,14 @@ def _transformers(shape, prompts, static=False):
     eos_token_id=None,
     pad_token_id=0,
   )
-  model = transformers.LlamaForCausalLM(config).eval()
+  return transformers.LlamaForCausalLM(config)
+
+
+def _transformers(shape, prompts, static=False):
+  import torch
+  import transformers
+
+  model = torch_model().eval()
   ids = torch.tensor(prompts)
   settings = {
     "do_sample": True,
@@ -137,11 +153,11 @@ def _transformers(shape, prompts, static=False):
   return sample
 
 
-def _tunix(shape, prompts):
+def tunix_model():
+  """The model of Tunix."""
   import jax
   import numpy as np
   from flax import nnx
-  from tunix.generate import sampler
   from tunix.models.llama3 import model as llama
 
   config = llama.ModelConfig(
@@ -159,18 +175,29 @@ def _tunix(shape, prompts):
   model = llama.Llama3(config, rngs=nnx.Rngs(0))
   # Its MLPs start at zero; random weights, as the others have.
   generator = np.random.default_rng(0)
-  state = jax.tree.map(
-    lambda x: jax.numpy.asarray(0.02 * generator.standard_normal(x.shape), x.dtype),
-    nnx.state(model, nnx.Param),
-  )
-  nnx.update(model, state)
 
-  class Tokenizer:  # texts are token ids in decimal
-    encode = staticmethod(lambda text: [int(word) for word in text.split()])
-    decode = staticmethod(lambda ids: "")
-    bos_id = staticmethod(lambda: None)
-    eos_id = staticmethod(lambda: -1)
-    pad_id = staticmethod(lambda: 0)
+  def weights(x):
+    if x.ndim == 1:  # a norm's scale: 1
+      return x
+    return jax.numpy.asarray(0.02 * generator.standard_normal(x.shape), x.dtype)
+
+  state = jax.tree.map(weights, nnx.state(model, nnx.Param))
+  nnx.update(model, state)
+  return model
+
+
+class Tokenizer:
+  """Tunix's: texts are token ids in decimal."""
+
+  encode = staticmethod(lambda text: [int(word) for word in text.split()])
+  decode = staticmethod(lambda ids: "")
+  bos_id = staticmethod(lambda: None)
+  eos_id = staticmethod(lambda: -1)
+  pad_id = staticmethod(lambda: 0)
+
+
+def _tunix(shape, prompts):
+  from tunix.generate import sampler
 
   cache = sampler.CacheConfig(
     cache_size=shape["prompt"] + shape["new"],
@@ -178,7 +205,7 @@ def _tunix(shape, prompts):
     num_kv_heads=SIZES["heads"],
     head_dim=SIZES["head"],
   )
-  run = sampler.Sampler(model, Tokenizer(), cache)
+  run = sampler.Sampler(tunix_model(), Tokenizer(), cache)
   texts = [" ".join(map(str, ids)) for ids in prompts for _ in range(shape["samples"])]
 
   def sample(number):
@@ -211,6 +238,11 @@ def _versions(peer):
   return {n: metadata.version(n) for n in names.get(peer, ("transformers", "torch"))}
 
 
+def peak_gb() -> float:
+  """The most memory that this process has held."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # of KiB
+
+
 def work(peer: str, shape_name: str) -> None:
   """One peer's process: answers each line of stdin with a line of JSON."""
   answers = os.fdopen(os.dup(1), "w")
@@ -229,6 +261,7 @@ def work(peer: str, shape_name: str) -> None:
     tokens = sample(number)
     seconds = time.perf_counter() - began
     answer = {"tokens": int(tokens), "seconds": seconds, "versions": _versions(peer)}
+    answer["peak_gb"] = peak_gb()
     print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -236,15 +269,15 @@ def work(peer: str, shape_name: str) -> None:
 
 
 class Worker:
-  """A peer's process."""
+  """A peer's process: `command` answers each line of stdin with a line of JSON."""
 
-  def __init__(self, peer: str, shape: str, python: str):
+  def __init__(self, peer: str, command: list[str]):
     self.name = peer
     # Not a pipe: nobody would empty it.
     self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     self.process = subprocess.Popen(
-      [python, __file__, "--worker", peer, "--shape", shape],
+      command,
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=self.log,
@@ -273,12 +306,13 @@ class Worker:
     self.log.close()
 
 
-def compare(shape_name: str, pythons: dict[str, str], rounds: int) -> dict:
-  """Samples with each peer in turn, `rounds` times; medians, and ratios to rlft."""
-  shape = SHAPES[shape_name]
+def compare(
+  shape: dict, commands: dict[str, list[str]], rounds: int, targets: dict[str, float]
+) -> dict:
+  """Asks each peer in turn, `rounds` times; medians, and ratios to rlft."""
   expected = shape["prompts"] * shape["samples"] * shape["new"]
-  workers = {p: Worker(p, shape_name, python) for p, python in pythons.items()}
-  first, rates, versions, loads = {}, {p: [] for p in workers}, {}, []
+  workers = {peer: Worker(peer, command) for peer, command in commands.items()}
+  first, rates, last, loads = {}, {p: [] for p in workers}, {}, []
   try:
     for peer, worker in workers.items():  # one at a time: they compile
       first[peer] = worker.ask()["seconds"]
@@ -291,7 +325,7 @@ def compare(shape_name: str, pythons: dict[str, str], rounds: int) -> dict:
           raise RuntimeError(
             f"{peer} sampled {answer['tokens']} tokens, not {expected}"
           )
-        versions[peer] = answer["versions"]
+        last[peer] = answer
         rates[peer].append(answer["tokens"] / answer["seconds"])
   finally:
     for worker in workers.values():
@@ -307,9 +341,10 @@ def compare(shape_name: str, pythons: dict[str, str], rounds: int) -> dict:
       "rlft_is_faster_by": statistics.median(ratios),
       "ratio_min": min(ratios),
       "ratio_max": max(ratios),
-      "target": TARGETS[shape_name].get(peer),
+      "target": targets.get(peer),
+      "peak_gb": last[peer]["peak_gb"],
       "all": rates[peer],
-      "versions": versions[peer],
+      "versions": last[peer]["versions"],
     }
   return {"shape": shape, "rounds": rounds, "load": loads, "peers": results}
 
@@ -322,8 +357,9 @@ def markdown(name: str, result: dict) -> str:
     f"{shape['prompt']} prompt tokens, {shape['new']} new; {result['rounds']} rounds, "
     f"{os.cpu_count()} cores, load {min(load):.1f} to {max(load):.1f}.",
     "",
-    "| | tokens/s, median (min to max) | rlft / it (min to max) | target | first |",
-    "|---|---|---|---|---|",
+    "| | tokens/s, median (min to max) | rlft / it (min to max) | target | first | "
+    "peak memory |",
+    "|---|---|---|---|---|---|",
   ]
   for peer, r in result["peers"].items():
     versions = ", ".join(f"{n} {v}" for n, v in r["versions"].items())
@@ -334,7 +370,7 @@ def markdown(name: str, result: dict) -> str:
     lines.append(
       f"| {peer} ({versions}) | {r['tokens_per_second']:.0f} ({r['min']:.0f} to "
       f"{r['max']:.0f}) | {ratio if peer != 'rlft' else ''} | {target} | "
-      f"{r['first_call_seconds']:.1f} s |"
+      f"{r['first_call_seconds']:.1f} s | {r['peak_gb']:.2f} GB |"
     )
   return "\n".join(lines) + "\n"
 
@@ -360,7 +396,11 @@ def main() -> None:
     pythons["tunix"] = args.tunix_python
   results = {}
   for name in args.shape or SHAPES:
-    results[name] = compare(name, pythons, args.rounds)
+    commands = {
+      peer: [python, __file__, "--worker", peer, "--shape", name]
+      for peer, python in pythons.items()
+    }
+    results[name] = compare(SHAPES[name], commands, args.rounds, TARGETS[name])
     print(markdown(name, results[name]), flush=True)
   if args.json:
     args.json.write_text(json.dumps(results, indent=2) + "\n")
