@@ -1,0 +1,192 @@
+#!/usr/bin/env python3
+"""Several rlft processes on this machine, as on several hosts.
+
+  python launch/local.py --processes=2 --devices=4 -- ppo --config=FILE --workdir=DIR
+
+Each process gets RLFT_COORDINATOR, RLFT_NUM_PROCESSES and RLFT_PROCESS_ID; its output
+is shown behind its number. --devices gives each that many virtual CPU devices; without
+it they see the machine's own. When one process fails the others are ended, and its exit
+code is ours. SIGTERM and Ctrl-C are passed on, so that rlft saves; 75 means "saved".
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+PREEMPTED = 75
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--processes", type=int, required=True)
+  parser.add_argument("--devices", type=int, help="virtual CPU devices per process")
+  parser.add_argument("--port", type=int, help="the coordinator's; default: a free one")
+  parser.add_argument("--program", default="rlft")
+  parser.add_argument(
+    "--grace", type=float, default=5.0, help="seconds to end in after a failure"
+  )
+  parser.add_argument(
+    "--save", type=float, default=120.0, help="seconds to save in after a signal"
+  )
+  parser.add_argument("--dry-run", action="store_true")
+  parser.add_argument("words", nargs="*", help="for rlft, behind --")
+  args = parser.parse_args(argv)
+  if args.processes < 1 or (args.devices is not None and args.devices < 1):
+    parser.error("--processes and --devices are 1 or more")
+  if not args.words:
+    parser.error("what shall rlft do? For example: -- ppo --config=FILE --workdir=DIR")
+  return args
+
+
+def commands(args: argparse.Namespace) -> list[list[str]]:
+  """One command line per process: `env NAME=VALUE ... rlft ...`."""
+  port = args.port
+  if port is None:
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      port = free.getsockname()[1]
+  shared = [
+    f"RLFT_COORDINATOR=127.0.0.1:{port}",
+    f"RLFT_NUM_PROCESSES={args.processes}",
+  ]
+  if args.devices:
+    count = f"--xla_force_host_platform_device_count={args.devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()  # the last one counts
+    shared += [
+      "JAX_PLATFORMS=cpu",
+      "JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo",
+      f"XLA_FLAGS={flags}",
+    ]
+  return [
+    ["env", *shared, f"RLFT_PROCESS_ID={i}", args.program, *args.words]
+    for i in range(args.processes)
+  ]
+
+
+def say(text: str) -> None:
+  print(f"local.py: {text}", file=sys.stderr, flush=True)
+
+
+def show(number: int, process: subprocess.Popen[bytes]) -> None:
+  """Copies a process's output, line by line, behind its number."""
+  assert process.stdout is not None
+  for line in process.stdout:
+    text = line.decode(errors="replace").rstrip("\n")
+    print(f"[{number}] {text}\n", end="", flush=True)
+
+
+def exit_code(process: subprocess.Popen[bytes]) -> int:
+  """As a shell gives it: 128 + n for signal n."""
+  return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+  """Ends a process, or what one that has ended left behind."""
+  with contextlib.suppress(ProcessLookupError, PermissionError):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def supervise(lines: list[list[str]], grace: float, save: float) -> int:
+  """Runs the commands until all have ended.
+
+  Args:
+    lines: one command per process.
+    grace: seconds from SIGTERM to SIGKILL for the others of a process that failed.
+    save: seconds to SIGKILL after a signal, or after the first process that exited 75.
+
+  Returns:
+    The exit code of the first process that failed by itself; else 75 if one was
+    preempted; else 0.
+  """
+  # Sessions of their own: Ctrl-C in the terminal must reach them once, through us.
+  processes = [
+    subprocess.Popen(
+      line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    for line in lines
+  ]
+  readers = [
+    threading.Thread(target=show, args=item, daemon=True)
+    for item in enumerate(processes)
+  ]
+  for reader in readers:
+    reader.start()
+
+  deadline = float("inf")
+
+  def send(number: int) -> None:
+    # To the process, not to its group: its reward workers are its own to end.
+    for process in processes:
+      if process.poll() is None:
+        process.send_signal(number)
+
+  def forward(number: int, _frame: object) -> None:
+    nonlocal deadline
+    say(f"{signal.Signals(number).name} is passed on to all processes")
+    deadline = min(deadline, time.monotonic() + save)
+    send(number)
+
+  before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+  result, ended, failed = 0, set[int](), False
+  try:
+    while len(ended) < len(processes):
+      for number, process in enumerate(processes):
+        if number in ended or process.poll() is None:
+          continue
+        ended.add(number)
+        kill_group(process)
+        code = exit_code(process)
+        if code == 0 or failed:
+          continue  # victims of the first failure are no news
+        say(f"process {number} (pid {process.pid}) exited with {code}")
+        if code == PREEMPTED:
+          result = PREEMPTED
+          deadline = min(deadline, time.monotonic() + save)
+          continue
+        result, failed = code, True
+        deadline = min(deadline, time.monotonic() + grace)
+        say("the others are ended")
+        send(signal.SIGTERM)
+      if time.monotonic() > deadline:
+        left = [i for i in range(len(processes)) if i not in ended]
+        say(f"killed, as still alive: processes {left}")
+        failed, deadline = True, float("inf")
+        result = result or 128 + signal.SIGKILL
+        send(signal.SIGKILL)
+      time.sleep(0.02)
+  finally:
+    for number in set(range(len(processes))) - ended:
+      kill_group(processes[number])
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  for reader in readers:
+    reader.join(timeout=5)
+  return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  args = parse(sys.argv[1:] if argv is None else argv)
+  lines = commands(args)
+  if args.dry_run:
+    for line in lines:
+      print(shlex.join(line))
+    return 0
+  return supervise(lines, args.grace, args.save)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
