@@ -5,9 +5,9 @@
 #   [--partition=P] [--account=A] [--qos=Q] [--program=PATH/TO/bin/rlft] \
 #   [--max-restarts=100] [--grace=120] -- ppo --config=FILE --workdir=DIR
 #
-# --gpus, --cpus: those of one node. Called where rlft is installed, on a file system that the
-# nodes share. --grace seconds before the time limit rlft gets SIGTERM, saves, exits 75,
-# and the job goes back to the queue; another exit code ends it. --dry-run prints all.
+# --gpus, --cpus: those of one node. Called where rlft is installed, on a file system that
+# the nodes share. --grace seconds before the time limit rlft gets SIGTERM, saves, exits
+# 75, and the job goes back to the queue; another exit code ends it. --dry-run prints all.
 
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

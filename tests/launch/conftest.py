@@ -19,7 +19,7 @@ PROGRAMS = ["gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "docker"]
 # whose `match` is in its words the first counts, and gives one answer after the other,
 # the last for ever. `wait` makes it live until SIGTERM.
 _STUB = """#!{python} -SE
-import fcntl, json, os, signal, sys
+import fcntl, json, os, signal, sys, time
 name = os.path.basename(sys.argv[0])
 words = [name, *sys.argv[1:]]
 here = os.path.dirname(sys.argv[0])
@@ -40,7 +40,7 @@ with open(here + "/log", "a+") as log:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(answer[1]))
   log.write(json.dumps(entry) + "\\n")
 if answer[0] == "wait":
-  signal.pause()
+  time.sleep(30)
 print(answer[1], end="", flush=True)
 print(answer[2], end="", file=sys.stderr)
 sys.exit(answer[0])
