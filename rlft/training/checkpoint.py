@@ -132,8 +132,9 @@ class Checkpointer:
     if keep_best is not None and keep_best[1] not in ("max", "min"):
       raise ConfigError(f"keep_best={keep_best}: a metric, and 'max' or 'min'")
     import orbax.checkpoint as ocp
+    from etils import epath  # orbax's paths
 
-    self._ocp = ocp
+    self._ocp, self._epath = ocp, epath.Path
     self._workdir = Path(workdir).absolute()
     self._root = self._workdir / DIRECTORY
     self._keep_last, self._keep_every = keep_last, keep_every
@@ -148,12 +149,10 @@ class Checkpointer:
     self._metrics: dict[int, dict[str, float]] = {}
     if lock:
       by_first(self._take)
-    self._orbax = ocp.AsyncCheckpointer(
-      ocp.CompositeCheckpointHandler(
-        arrays=ocp.PyTreeCheckpointHandler(),
-        manifest=ocp.JsonCheckpointHandler(FILE),
-      )
+    self._handler = ocp.CompositeCheckpointHandler(
+      arrays=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler(FILE)
     )
+    self._orbax = ocp.AsyncCheckpointer(self._handler)
 
   # ---------------------------------------------------------------------- saving
 
@@ -339,6 +338,7 @@ class Checkpointer:
 
   def verify(self, step: int) -> dict[str, str]:
     """Reads a checkpoint: what is wrong with it, by name of array or file."""
+    self._settle()
     try:
       self._read(step, None)
     except _Damaged as error:
@@ -426,30 +426,31 @@ class Checkpointer:
   def _arrays(self, path: Path, want: dict, saved: dict) -> dict[str, Any]:
     """Reads and verifies arrays; `_Damaged` with those that are not what was saved."""
     some = {name: x for name, x in want.items() if np.prod(x.shape)}
-    problems, found = {}, {}
+    problems, missed, found, failure = {}, set(), {}, None
     try:
       found = self._load(path, some) if some else {}
     except Exception as error:
-      problems = self._unreadable(path, some) or {"arrays": one_line(error)}
-    for name, x in some.items() if not problems else ():
-      # A bit of orbax's own index can make it leave an array out, or out of shape.
-      got = found.get(name)
-      is_array = isinstance(got, jax.Array | np.ndarray)
-      if not is_array or (got.shape, got.dtype) != (x.shape, x.dtype):
-        problems[name] = "is missing, or has another shape or type"
-    missed = set()
-    if not problems:
-      checked = parallel(lambda n: compare(found[n], saved[n]["sha256"]), found)
-      for name, (wrong, unseen) in zip(found, checked):
+      problems = self._unreadable(path, some)
+      # Where each array can be read, it is not the checkpoint: too little memory, say.
+      failure = None if problems else one_line(error)
+    else:
+      checked = parallel(lambda n: _judge(found.get(n), some[n], saved[n]), some)
+      for name, (wrong, unseen) in zip(some, checked):
         missed |= {f"{name}[{region}]" for region in unseen}
         if wrong:
           problems[name] = wrong
-    said = everyone([problems, sorted(missed)])
-    for theirs, _ in said:
+    said = everyone([problems, sorted(missed), failure])
+    for theirs, _, _ in said:
       problems |= theirs
     if problems:
       raise _Damaged(path, problems)
-    missed.intersection_update(*(regions for _, regions in said))
+    for process, (_, _, theirs) in enumerate(said):
+      if theirs:
+        raise CheckpointError(
+          f"{path}: process {process} could not restore it, though it can read each "
+          f"array: {theirs}"
+        )
+    missed.intersection_update(*(regions for _, regions, _ in said))
     if missed:  # the mesh has changed, and no host holds such a piece whole
       log.warning("%s: %d pieces could not be verified", path, len(missed))
     for name in want.keys() - found.keys():
@@ -467,14 +468,17 @@ class Checkpointer:
       for name, x in want.items()
     }
     items = ocp.args.PyTreeRestore(dict(want), args, partial_restore=True)
-    return self._orbax.restore(path, args=ocp.args.Composite(arrays=items))["arrays"]
+    # Not by the checkpointer: after it has read it waits for the other processes, and
+    # one that cannot read would never come.
+    args = ocp.args.Composite(arrays=items)
+    return self._handler.restore(self._epath(path), args=args)["arrays"]
 
   def _unreadable(self, path: Path, want: Mapping[str, Any]) -> dict[str, str]:
     """Orbax says of a tree that it cannot be read; this asks for each array."""
     problems = {}
-    for name, x in want.items() if jax.process_count() == 1 else ():
+    for name, x in want.items():
       try:
-        self._load(path, {name: jax.ShapeDtypeStruct(x.shape, x.dtype)})
+        self._load(path, {name: x})
       except Exception as error:
         problems[name] = f"cannot be read: {one_line(error)}"
     return problems
@@ -535,3 +539,12 @@ class Checkpointer:
       path.rename(aside)
     except OSError as error:
       log.warning("%s could not be put aside: %s", path, error)
+
+
+def _judge(x: Any, want: Any, saved: Mapping[str, Any]) -> tuple[str, list[str]]:
+  """What is wrong with an array that was read; and the pieces that were not judged."""
+  # A flipped bit of orbax's own index can make it leave an array out, or misshape it.
+  is_array = isinstance(x, jax.Array | np.ndarray)
+  if not is_array or (x.shape, x.dtype) != (want.shape, want.dtype):
+    return "is missing, or has another shape or type", []
+  return compare(x, saved["sha256"])
