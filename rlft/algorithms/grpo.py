@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -54,6 +54,7 @@ from rlft.training.iterations import (
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
+from rlft.training.saving import Saving
 from rlft.training.step import Sums, make_step
 from rlft.training.trainee import Trainee
 
@@ -318,6 +319,7 @@ def run(
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  saving: Saving | None = None,
 ) -> RLResult:
   """Runs GRPO.
 
@@ -328,20 +330,23 @@ def run(
     config: see `GRPOConfig`.
     reference: what the KL is measured to; the policy at the start when None.
     dev_score: of a policy, larger is better; chooses what is returned.
-    on_event: called with ("sample" | "train" | "iteration", values) for progress.
+    on_event: called with ("sample" | "train" | "iteration" | "resume", values) for
+      progress.
+    saving: saves the run, and goes on with what it has saved.
 
   Raises:
     ConfigError, DataError: before any device work.
     RewardError: of the reward.
     DivergenceError: the first update contradicts what must hold of a first update, or
       a loss is not finite.
+    CheckpointError, StoppedError: see `training.saving`.
   """
   examples = check_run(policy, examples, config, reference)
   _static_loss(config)
   tell = on_event or (lambda kind, values: None)
   run_ = _Run(policy, examples, config, reference)
   one = lambda index: run_.iterate(index, reward, tell)
-  return loop(one, run_.trainee, policy, config, dev_score, tell)
+  return loop(one, run_, policy, config, dev_score, tell, saving)
 
 
 class _Run:
@@ -365,6 +370,19 @@ class _Run:
     )
     self.updater = Updater(self.trainee, self.step, config, reference)
     self.draws = 0
+
+  def arrays(self) -> dict[str, Any]:
+    """See `iterations.State`."""
+    return {"policy": self.trainee.state}
+
+  def notes(self) -> dict[str, Any]:
+    """See `iterations.State`."""
+    return {"draws": self.draws, "updater": self.updater.notes()}
+
+  def go_on(self, arrays: dict[str, Any], notes: Mapping[str, Any]) -> None:
+    """See `iterations.State`."""
+    self.trainee.state, self.draws = arrays["policy"], notes["draws"]
+    self.updater.go_on(notes["updater"])
 
   def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:
     """Rollout and rewards, scores, advantages, updates."""

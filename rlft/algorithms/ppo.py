@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -52,6 +52,7 @@ from rlft.training.iterations import (
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
+from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 from rlft.training.trainee import Trainee
 
@@ -410,6 +411,7 @@ def run(
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  saving: Saving | None = None,
 ) -> RLResult:
   """Runs PPO.
 
@@ -422,7 +424,9 @@ def run(
       model; a zero head on a copy of the policy when None.
     reference: what the KL is measured to; the policy at the start when None.
     dev_score: of a policy, larger is better; chooses what is returned.
-    on_event: called with ("sample" | "train" | "iteration", values) for progress.
+    on_event: called with ("sample" | "train" | "iteration" | "resume", values) for
+      progress.
+    saving: saves the run, and goes on with what it has saved.
 
   Returns:
     `RLResult`.
@@ -432,6 +436,7 @@ def run(
     RewardError: of the reward.
     DivergenceError: the first update contradicts what must hold of a first update, or
       a loss is not finite.
+    CheckpointError, StoppedError: see `training.saving`.
   """
   examples = check_run(policy, examples, config, reference)
   _check(policy, config, value)
@@ -444,7 +449,7 @@ def run(
     )
     return run_.iterate(index, prompts, reward, tell)
 
-  result = loop(one, run_.trainee, policy, config, dev_score, tell)
+  result = loop(one, run_, policy, config, dev_score, tell, saving)
   if config.value == "separate":
     result.value = run_.value_model()
   return result
@@ -501,6 +506,21 @@ class _Run:
         model, loss, config.value_optimizer, config.micro_batches
       )
     self.kl_coef = config.kl_coef
+
+  def arrays(self) -> dict[str, Any]:
+    """See `iterations.State`."""
+    own = {"policy": self.trainee.state}
+    return own if self.value_state is None else own | {"value": self.value_state}
+
+  def notes(self) -> dict[str, Any]:
+    """See `iterations.State`."""
+    return {"kl_coef": float(self.kl_coef), "updater": self.updater.notes()}
+
+  def go_on(self, arrays: dict[str, Any], notes: Mapping[str, Any]) -> None:
+    """See `iterations.State`."""
+    self.trainee.state, self.value_state = arrays["policy"], arrays.get("value")
+    self.kl_coef = notes["kl_coef"]
+    self.updater.go_on(notes["updater"])
 
   def value_model(self) -> ScalarModel:
     """What estimates values now: the separate model, or trunk and head."""

@@ -17,6 +17,7 @@ from rlft.algorithms import grpo
 from rlft.cli import config as configs
 from rlft.cli import rl, runs
 from rlft.cli.progress import Iterations
+from rlft.cli.saving import CheckpointConfig, saving
 from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
@@ -33,6 +34,7 @@ class GRPORun:
     reward: see `RewardChoice`.
     grpo: the method.
     dev_prompts: greedy@1 on so many dev prompts chooses what is kept; 0 keeps the last.
+    checkpoint: when the run is saved. The same command goes on from the last one.
     eval, eval_splits, eval_prompts: of the evaluation before and after.
   """
 
@@ -42,6 +44,7 @@ class GRPORun:
   reward: rl.RewardChoice = dataclasses.field(default_factory=rl.RewardChoice)
   grpo: grpo.GRPOConfig = dataclasses.field(default_factory=grpo.GRPOConfig)
   dev_prompts: int = 0
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -58,21 +61,23 @@ def run(args: argparse.Namespace) -> int:
   dev = rl.dev_examples(config.task, config.dev_prompts)
   policy = runs.make_policy(config.model, config.mesh)
   reward = rl.make_reward_of(config.reward, config.task, policy)
-  configs.write_resolved(workdir, config)
-
-  rl.look("before", policy, config, workdir)
-  with (
-    MetricWriter(workdir) as writer,
-    Iterations(writer, "GRPO", config.grpo.iterations) as on_event,
-  ):
-    result = grpo.run(
-      policy,
-      train,
-      reward,
-      config.grpo,
-      dev_score=rl.dev_score(config.task, dev, config.eval),
-      on_event=on_event,
-    )
+  with saving(workdir, "grpo", config) as keep:
+    configs.write_resolved(workdir, config)
+    if not keep.checkpoints.steps():
+      rl.look("before", policy, config, workdir)
+    with (
+      MetricWriter(workdir) as writer,
+      Iterations(writer, "GRPO", config.grpo.iterations) as on_event,
+    ):
+      result = grpo.run(
+        policy,
+        train,
+        reward,
+        config.grpo,
+        dev_score=rl.dev_score(config.task, dev, config.eval),
+        on_event=on_event,
+        saving=keep,
+      )
   rl.show_result("grpo", result, workdir)
   rl.look("after", result.policy, config, workdir)
   return 0

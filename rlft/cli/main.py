@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlft.core import platform
-from rlft.core.errors import ConfigError, RlftError
+from rlft.core.errors import ConfigError, RlftError, StoppedError
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: launchers start such a run again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: the command's own; 2 for a mistake that rlft can name, which is then
-    one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 130 after Ctrl-C.
+    one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 75 for a run that was
+    asked to stop and has saved its state; 130 after Ctrl-C.
   """
   try:
     return _dispatch(list(sys.argv[1:] if argv is None else argv))
+  except StoppedError as error:
+    print("rlft:", error, file=sys.stderr)
+    return EXIT_STOPPED
   except RlftError as error:
     if os.environ.get("RLFT_TRACEBACK") == "1":
       raise

@@ -17,6 +17,7 @@ from rlft.algorithms import ppo
 from rlft.cli import config as configs
 from rlft.cli import rl, runs
 from rlft.cli.progress import Iterations
+from rlft.cli.saving import CheckpointConfig, saving
 from rlft.models.scalar import as_value, load_scalar
 from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
@@ -36,6 +37,7 @@ class PPORun:
       a zero head on a copy of the policy.
     ppo: the method.
     dev_prompts: greedy@1 on so many dev prompts chooses what is kept; 0 keeps the last.
+    checkpoint: when the run is saved. The same command goes on from the last one.
     eval, eval_splits, eval_prompts: of the evaluation before and after.
   """
 
@@ -46,6 +48,7 @@ class PPORun:
   value: str = ""
   ppo: ppo.PPOConfig = dataclasses.field(default_factory=ppo.PPOConfig)
   dev_prompts: int = 0
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -65,22 +68,24 @@ def run(args: argparse.Namespace) -> int:
   if config.value:
     value = as_value(load_scalar(config.value, mesh=policy.model.mesh))
   reward = rl.make_reward_of(config.reward, config.task, policy)
-  configs.write_resolved(workdir, config)
-
-  rl.look("before", policy, config, workdir)
-  with (
-    MetricWriter(workdir) as writer,
-    Iterations(writer, "PPO", config.ppo.iterations) as on_event,
-  ):
-    result = ppo.run(
-      policy,
-      train,
-      reward,
-      config.ppo,
-      value=value,
-      dev_score=rl.dev_score(config.task, dev, config.eval),
-      on_event=on_event,
-    )
+  with saving(workdir, "ppo", config) as keep:
+    configs.write_resolved(workdir, config)
+    if not keep.checkpoints.steps():
+      rl.look("before", policy, config, workdir)
+    with (
+      MetricWriter(workdir) as writer,
+      Iterations(writer, "PPO", config.ppo.iterations) as on_event,
+    ):
+      result = ppo.run(
+        policy,
+        train,
+        reward,
+        config.ppo,
+        value=value,
+        dev_score=rl.dev_score(config.task, dev, config.eval),
+        on_event=on_event,
+        saving=keep,
+      )
   rl.show_result("ppo", result, workdir)
   rl.look("after", result.policy, config, workdir)
   return 0

@@ -105,6 +105,10 @@ class Iterations:
     self._context.__exit__(None, None, None)
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
+    if kind == "resume":
+      self._done = values["iterations"]
+      self._bar(self._done)
+      self._writer.rewind(self._done)
     if kind != "iteration":
       return
     self._done += 1

@@ -26,5 +26,9 @@ class RewardError(RlftError):
   """A reward could not be computed; never turned into a reward of 0."""
 
 
+class StoppedError(RlftError):
+  """The run was asked to stop, and has saved its state: run it again to go on."""
+
+
 class DivergenceError(RlftError):
   """A number of training has left the values that are possible; names it."""

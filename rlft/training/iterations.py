@@ -14,17 +14,18 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from rlft.core.errors import ConfigError, DataError, DivergenceError
+from rlft.core.errors import ConfigError, DataError, DivergenceError, StoppedError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
 from rlft.training import facts, rollouts
 from rlft.training.optimizer import check_patterns
 from rlft.training.rollouts import Region
+from rlft.training.saving import Saving
 from rlft.training.trainee import Trainee
 
 
@@ -86,53 +87,111 @@ def check_run(
   return examples
 
 
+class State(Protocol):
+  """What trains, and all that its next iteration depends on but its index."""
+
+  trainee: Trainee
+
+  def arrays(self) -> Any:
+    """A tree of arrays; its structure never changes."""
+
+  def notes(self) -> dict[str, Any]:
+    """What is no array, for JSON."""
+
+  def go_on(self, arrays: Any, notes: Mapping[str, Any]) -> None:
+    """Takes over what `arrays` and `notes` gave."""
+
+
+@dataclasses.dataclass
+class _Progress:
+  """What a run has done; saved with it."""
+
+  iterations: list[dict[str, float]] = dataclasses.field(default_factory=list)
+  history: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+  best_score: float | None = None
+  sampled: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+
+
 def loop(
   one: Callable[[int], dict[str, float]],
-  trainee: Trainee,
+  state: State,
   start: Policy,
   config: Any,
   dev_score: Callable[[Policy], float] | None,
   tell: Callable[[str, dict[str, Any]], None],
+  saving: Saving | None = None,
 ) -> RLResult:
   """Runs the iterations: counts samples and tokens, and keeps the best by dev score.
 
   Args:
     one: of the iteration's index; its metrics, with "samples" (completions sampled in
       it) and "update_tokens", which are summed here.
-    trainee: what `one` trains.
+    state: what `one` trains.
     start: the policy before the first iteration, as it was given.
     config: gives `iterations` and `eval_every`.
     dev_score: of a policy; None keeps the last.
-    tell: gets ("iteration", metrics).
+    tell: gets ("iteration", metrics); and ("resume", {"iterations": done}) where a
+      checkpoint was found.
+    saving: saves the run, and goes on with what it has saved.
+
+  Raises:
+    StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
-  history, best, best_score = [], None, None
-  if dev_score is not None:
-    best, best_score = start, dev_score(start)
-    history.append((0, best_score))
-  iterations: list[dict[str, float]] = []
-  sampled = tokens = 0
-  for index in range(config.iterations):
+  progress, best = _Progress(), start if dev_score is not None else None
+
+  def arrays():
+    own = {"run": state.arrays()}
+    return own if best is None else own | {"best": best.params}
+
+  found = saving.restore(arrays()) if saving is not None else None
+  if found is not None:
+    state.go_on(found.arrays["run"], found.meta["run"])
+    progress = _Progress(**found.meta["progress"])
+    progress.history = [(at, score) for at, score in progress.history]
+    if best is not None:
+      best = dataclasses.replace(start, params=found.arrays["best"])
+    tell("resume", {"iterations": len(progress.iterations)})
+  elif dev_score is not None:
+    progress.best_score = dev_score(start)
+    progress.history.append((0, progress.best_score))
+  before = progress.seconds
+  for index in range(len(progress.iterations), config.iterations):
     stats = one(index)
-    sampled += int(stats.pop("samples"))
-    tokens += int(stats.pop("update_tokens"))
-    stats["sampled_solutions"] = sampled
-    last = index + 1 == config.iterations
-    if dev_score is not None and (last or (index + 1) % config.eval_every == 0):
-      current = trainee.export()
+    progress.sampled += int(stats.pop("samples"))
+    progress.tokens += int(stats.pop("update_tokens"))
+    stats["sampled_solutions"] = progress.sampled
+    done, last = index + 1, index + 1 == config.iterations
+    if dev_score is not None and (last or done % config.eval_every == 0):
+      current = state.trainee.export()
       stats["dev"] = score = dev_score(current)
-      history.append((sampled, score))
-      if score > best_score:
-        best, best_score = current, score
-    iterations.append(stats)
+      progress.history.append((progress.sampled, score))
+      if score > progress.best_score:
+        best, progress.best_score = current, score
+    progress.iterations.append(stats)
     tell("iteration", stats)
+    progress.seconds = before + time.perf_counter() - began
+    stop = saving is not None and saving.asked_to_stop()
+    if saving is not None and (last or stop or done % saving.every == 0):
+      meta = {"run": state.notes(), "progress": dataclasses.asdict(progress)}
+      saving.checkpoints.save(done, arrays(), meta, stats)
+    if stop and not last:
+      saving.checkpoints.wait()
+      raise StoppedError(
+        f"asked to stop after iteration {done} of {config.iterations}; the state is "
+        "saved, and the same command goes on from there"
+      )
+  if saving is not None:
+    saving.checkpoints.wait()
   return RLResult(
-    policy=trainee.export() if best is None else best,
-    iterations=iterations,
-    history=history,
-    sampled_solutions=sampled,
-    update_tokens=tokens,
-    seconds=time.perf_counter() - began,
+    policy=state.trainee.export() if best is None else best,
+    iterations=progress.iterations,
+    history=progress.history,
+    sampled_solutions=progress.sampled,
+    update_tokens=progress.tokens,
+    seconds=progress.seconds,
   )
 
 
@@ -157,6 +216,14 @@ class Updater:
       self.reference = dataclasses.replace(reference, model=model)
     self.recompute = config.old_logp == "recompute"
     self.measured = self.begun = False
+
+  def notes(self) -> dict[str, bool]:
+    """What the next iteration depends on."""
+    return {"recompute": self.recompute, "begun": self.begun}
+
+  def go_on(self, notes: Mapping[str, bool]) -> None:
+    """Takes over what `notes` gave."""
+    self.recompute, self.begun = notes["recompute"], notes["begun"]
 
   def start_logps(
     self, index: int, rows: Region, with_reference: bool = True

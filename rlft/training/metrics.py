@@ -77,6 +77,19 @@ class MetricWriter:
     if self._viewing:
       self._show(step, now, values)
 
+  def rewind(self, step: int) -> None:
+    """Drops the lines after a step: a run that goes on from it writes them again."""
+    self._file.seek(0)
+    lines = self._file.read().split(b"\n")[:-1]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    if len(kept) == len(lines):
+      return
+    partial = self._path.with_suffix(".tmp")
+    partial.write_bytes(b"".join(line + b"\n" for line in kept))
+    self._file.close()
+    partial.replace(self._path)  # a killed run leaves the old record or the new one
+    self._file = self._path.open("ab+", buffering=0)
+
   def _show(self, step: int, now: float, values: Mapping[str, float]) -> None:
     """Writes one event, in this thread.
 

@@ -1,0 +1,97 @@
+"""A work directory goes on from its checkpoints, and SIGTERM saves before it ends.
+
+The first SIGTERM (a spot machine that is taken away, `kill`, a scheduler) lets the
+iteration end, saves it and ends the command with exit code 75, which launchers take for
+"start it again". A second one ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlft.cli import config as configs
+from rlft.training.checkpoint import Checkpoint, Checkpointer
+from rlft.training.saving import Saving
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints of a run.
+
+  Attributes:
+    every: iterations between two; the last iteration is always saved.
+    keep_last, keep_every: the newest ones that stay, and those of which iterations stay
+      for good (multiples; 0 is none).
+    strict_resume: a damaged newest checkpoint is an error; else the one before it is
+      used, and a warning says so.
+  """
+
+  every: int = 10
+  keep_last: int = 2
+  keep_every: int = 0
+  strict_resume: bool = False
+
+
+@contextlib.contextmanager
+def saving(workdir: Path, algorithm: str, config: Any) -> Iterator[Saving]:
+  """The `Saving` of a command's run; takes the directory's lock and owns SIGTERM.
+
+  Args:
+    workdir: of the run.
+    algorithm: its checkpoints are those of no other one.
+    config: of the command; has `checkpoint` and `model`.
+
+  Raises:
+    CheckpointError: another process runs there, or it cannot be written.
+  """
+  settings = configs.redact(configs.dump(config))
+
+  def on_restore(found: Checkpoint) -> None:
+    changed = configs.diff(found.config, settings)
+    print(f"{workdir}: going on after iteration {found.step}")
+    for name, (old, new) in changed.items():
+      print(f"  changed setting {name}: {old} -> {new}")
+
+  keep = config.checkpoint
+  with (
+    Checkpointer(
+      workdir,
+      keep_last=keep.keep_last,
+      keep_every=keep.keep_every,
+      identity={"algorithm": algorithm, "model": settings["model"]},
+      config=settings,
+    ) as checkpoints,
+    _asked_to_stop() as asked,
+  ):
+    yield Saving(
+      checkpoints,
+      every=keep.every,
+      strict=keep.strict_resume,
+      stop=asked.is_set,
+      on_restore=on_restore,
+    )
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+  """An event that the first SIGTERM sets; the second one ends the process."""
+  asked = threading.Event()
+
+  def on_signal(number: int, frame: Any) -> None:
+    if asked.is_set():
+      os._exit(128 + number)  # whatever hangs, hangs on purpose of nobody
+    asked.set()
+    os.write(2, b"\nrlft: asked to stop: saving after this iteration\n")
+
+  before = signal.signal(signal.SIGTERM, on_signal)
+  try:
+    yield asked
+  finally:
+    signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,45 @@
+"""When a run saves itself, what it goes on from, and when it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rlft.core.errors import ConfigError
+from rlft.core.hosts import everyone
+from rlft.training.checkpoint import Checkpoint, Checkpointer
+
+
+@dataclasses.dataclass
+class Saving:
+  """How a run saves itself, and when it stops.
+
+  Attributes:
+    checkpoints: of its work directory.
+    every: iterations between checkpoints; the last one is always saved.
+    strict: whether a damaged checkpoint is an error, see `Checkpointer.restore`.
+    stop: whether the run should save and end now; of any process of the run.
+    on_restore: gets the checkpoint that the run goes on from.
+  """
+
+  checkpoints: Checkpointer
+  every: int = 10
+  strict: bool = False
+  stop: Callable[[], bool] = lambda: False
+  on_restore: Callable[[Checkpoint], None] = lambda found: None
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise ConfigError(f"every={self.every}: at least 1 iteration")
+
+  def restore(self, like: Any) -> Checkpoint | None:
+    """The checkpoint to go on from; None at the start of a run."""
+    found = self.checkpoints.restore(like, strict=self.strict)
+    if found is not None:
+      self.on_restore(found)
+    return found
+
+  def asked_to_stop(self) -> bool:
+    """The same on every process."""
+    return any(everyone(self.stop()))
