@@ -31,7 +31,6 @@ from rlft.core.hosts import by_first, everyone
 from rlft.training.lock import take_lock
 from rlft.training.manifest import (
   FILE,
-  compare,
   digest,
   digests,
   entry,
@@ -46,6 +45,7 @@ from rlft.training.manifest import (
   stored,
   unseal,
 )
+from rlft.training.verified import Damaged, read_arrays
 
 LOCK = "run.lock"
 DIRECTORY = "checkpoints"
@@ -73,14 +73,6 @@ class Checkpoint:
   meta: dict[str, Any]
   metrics: dict[str, float]
   config: dict[str, Any]
-
-
-class _Damaged(CheckpointError):
-  """What is wrong with a checkpoint: name of an array, or of a file -> what."""
-
-  def __init__(self, path: Path, problems: Mapping[str, str]):
-    self.problems = dict(problems)
-    super().__init__(f"{path} is damaged: {few(self.problems)}")
 
 
 class Checkpointer:
@@ -132,9 +124,8 @@ class Checkpointer:
     if keep_best is not None and keep_best[1] not in ("max", "min"):
       raise ConfigError(f"keep_best={keep_best}: a metric, and 'max' or 'min'")
     import orbax.checkpoint as ocp
-    from etils import epath  # orbax's paths
 
-    self._ocp, self._epath = ocp, epath.Path
+    self._ocp = ocp
     self._workdir = Path(workdir).absolute()
     self._root = self._workdir / DIRECTORY
     self._keep_last, self._keep_every = keep_last, keep_every
@@ -149,10 +140,10 @@ class Checkpointer:
     self._metrics: dict[int, dict[str, float]] = {}
     if lock:
       by_first(self._take)
-    self._handler = ocp.CompositeCheckpointHandler(
+    items = ocp.CompositeCheckpointHandler(
       arrays=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler(FILE)
     )
-    self._orbax = ocp.AsyncCheckpointer(self._handler)
+    self._orbax = ocp.AsyncCheckpointer(items)
 
   # ---------------------------------------------------------------------- saving
 
@@ -333,7 +324,7 @@ class Checkpointer:
     """
     manifest, problem = by_first(lambda: self._manifest(step))
     if problem:
-      raise _Damaged(self._path(step), {FILE: problem})
+      raise Damaged(self._path(step), {FILE: problem})
     return manifest
 
   def verify(self, step: int) -> dict[str, str]:
@@ -341,7 +332,7 @@ class Checkpointer:
     self._settle()
     try:
       self._read(step, None)
-    except _Damaged as error:
+    except Damaged as error:
       return error.problems
     return {}
 
@@ -372,7 +363,7 @@ class Checkpointer:
     for candidate in [step] if step is not None else reversed(steps):
       try:
         found = self._read(candidate, like)
-      except _Damaged as error:
+      except Damaged as error:
         if strict or step is not None or candidate == steps[0]:
           older = [s for s in steps if s < candidate]
           raise CheckpointError(
@@ -413,7 +404,7 @@ class Checkpointer:
           "settings it was saved with, or choose another workdir"
         )
       want = {name: stored(x) for name, x in tree.items()}
-    named = self._arrays(path, want, saved)
+    named = read_arrays(path, want, saved)
     for name, x in named.items():
       if saved[name]["key"]:
         named[name] = jax.random.wrap_key_data(x, impl=saved[name]["key"])
@@ -422,66 +413,6 @@ class Checkpointer:
     return Checkpoint(
       step, named, manifest["meta"], manifest["metrics"], manifest["config"]
     )
-
-  def _arrays(self, path: Path, want: dict, saved: dict) -> dict[str, Any]:
-    """Reads and verifies arrays; `_Damaged` with those that are not what was saved."""
-    some = {name: x for name, x in want.items() if np.prod(x.shape)}
-    problems, missed, found, failure = {}, set(), {}, None
-    try:
-      found = self._load(path, some) if some else {}
-    except Exception as error:
-      problems = self._unreadable(path, some)
-      # Where each array can be read, it is not the checkpoint: too little memory, say.
-      failure = None if problems else one_line(error)
-    else:
-      checked = parallel(lambda n: _judge(found.get(n), some[n], saved[n]), some)
-      for name, (wrong, unseen) in zip(some, checked):
-        missed |= {f"{name}[{region}]" for region in unseen}
-        if wrong:
-          problems[name] = wrong
-    said = everyone([problems, sorted(missed), failure])
-    for theirs, _, _ in said:
-      problems |= theirs
-    if problems:
-      raise _Damaged(path, problems)
-    for process, (_, _, theirs) in enumerate(said):
-      if theirs:
-        raise CheckpointError(
-          f"{path}: process {process} could not restore it, though it can read each "
-          f"array: {theirs}"
-        )
-    missed.intersection_update(*(regions for _, regions, _ in said))
-    if missed:  # the mesh has changed, and no host holds such a piece whole
-      log.warning("%s: %d pieces could not be verified", path, len(missed))
-    for name in want.keys() - found.keys():
-      empty = np.zeros(want[name].shape, want[name].dtype)
-      home = want[name].sharding
-      found[name] = empty if home is None else jax.device_put(empty, home)
-    return {name: found[name] for name in want}
-
-  def _load(self, path: Path, want: Mapping[str, Any]) -> dict[str, Any]:
-    ocp = self._ocp
-    args = {
-      name: ocp.RestoreArgs(restore_type=np.ndarray)
-      if x.sharding is None
-      else ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape)
-      for name, x in want.items()
-    }
-    items = ocp.args.PyTreeRestore(dict(want), args, partial_restore=True)
-    # Not by the checkpointer: after it has read it waits for the other processes, and
-    # one that cannot read would never come.
-    args = ocp.args.Composite(arrays=items)
-    return self._handler.restore(self._epath(path), args=args)["arrays"]
-
-  def _unreadable(self, path: Path, want: Mapping[str, Any]) -> dict[str, str]:
-    """Orbax says of a tree that it cannot be read; this asks for each array."""
-    problems = {}
-    for name, x in want.items():
-      try:
-        self._load(path, {name: x})
-      except Exception as error:
-        problems[name] = f"cannot be read: {one_line(error)}"
-    return problems
 
   # --------------------------------------------------- the directory, on process 0
 
@@ -539,12 +470,3 @@ class Checkpointer:
       path.rename(aside)
     except OSError as error:
       log.warning("%s could not be put aside: %s", path, error)
-
-
-def _judge(x: Any, want: Any, saved: Mapping[str, Any]) -> tuple[str, list[str]]:
-  """What is wrong with an array that was read; and the pieces that were not judged."""
-  # A flipped bit of orbax's own index can make it leave an array out, or misshape it.
-  is_array = isinstance(x, jax.Array | np.ndarray)
-  if not is_array or (x.shape, x.dtype) != (want.shape, want.dtype):
-    return "is missing, or has another shape or type", []
-  return compare(x, saved["sha256"])

@@ -33,9 +33,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", autouse=True)
 def litter():
-  """What a test has thrown away is gone before another module's tests."""
+  """What these tests have thrown away is gone before another module's tests."""
   yield
   gc.collect()
 
@@ -293,7 +293,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_damage_is_named_and_the_one_before_is_used(litter, tmp_path, caplog, fault):
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, caplog, fault):
   damage, message = FAULTS[fault]
   saved(tmp_path, 1, 2)
   damage(path_of(tmp_path, 2))
@@ -317,7 +317,7 @@ def test_damage_is_named_and_the_one_before_is_used(litter, tmp_path, caplog, fa
     same(checkpointer.restore(tree(), strict=True).arrays, tree(2))
 
 
-def test_when_all_are_damaged_nothing_starts_anew_by_itself(litter, tmp_path):
+def test_when_all_are_damaged_nothing_starts_anew_by_itself(tmp_path):
   saved(tmp_path, 1, 2)
   flip_data(path_of(tmp_path, 1))
   flip_data(path_of(tmp_path, 2))
@@ -327,7 +327,7 @@ def test_when_all_are_damaged_nothing_starts_anew_by_itself(litter, tmp_path):
 
 
 def test_what_cannot_be_restored_for_another_reason_is_not_damage(
-  litter, tmp_path, monkeypatch
+  tmp_path, monkeypatch
 ):
   saved(tmp_path, 1, 2)
   with Checkpointer(tmp_path) as checkpointer:
@@ -371,7 +371,7 @@ def flips(path, like, offsets):
   return seen, harmless
 
 
-def test_a_flipped_bit_in_any_file_is_seen_or_changes_nothing(litter, tmp_path):
+def test_a_flipped_bit_in_any_file_is_seen_or_changes_nothing(tmp_path):
   saved(tmp_path, 1)
   middle = lambda size: [size // 2] if size else []
   seen, _ = flips(path_of(tmp_path, 1), tree(), middle)
@@ -379,7 +379,7 @@ def test_a_flipped_bit_in_any_file_is_seen_or_changes_nothing(litter, tmp_path):
 
 
 @pytest.mark.slow
-def test_flipped_bits_all_over_are_seen_or_change_nothing(litter, tmp_path):
+def test_flipped_bits_all_over_are_seen_or_change_nothing(tmp_path):
   saved(tmp_path, 1)
   many = lambda size: range(0, size, max(1, size // 40))
   seen, harmless = flips(path_of(tmp_path, 1), tree(), many)
@@ -470,7 +470,7 @@ def test_retention_keeps_exactly_this(tmp_path, settings, expected, later):
     assert checkpointer.best() == best.get(name, [None])[-1]
 
 
-def test_what_failed_or_cannot_be_read_does_not_count(litter, tmp_path):
+def test_what_failed_or_cannot_be_read_does_not_count(tmp_path):
   with Checkpointer(tmp_path, keep_last=1) as checkpointer:
     checkpointer.save(1, tree(1))
     checkpointer.wait()
@@ -524,7 +524,7 @@ def file_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_one_write_that_fails_stops_no_run_and_two_do(litter, tmp_path, caplog):
+def test_one_write_that_fails_stops_no_run_and_two_do(tmp_path, caplog):
   big = tree(rows=512)
   with Checkpointer(tmp_path, max_failures=2) as checkpointer:
     checkpointer.save(1, big)
@@ -724,7 +724,7 @@ def test_two_writers_are_refused_and_a_dead_one_is_not_waited_for(tmp_path):
   assert text.startswith(f"pid {os.getpid()} on ") and text.count("\n") == 1
 
 
-def test_an_error_of_the_run_is_not_hidden_by_one_of_a_save(litter, tmp_path, caplog):
+def test_an_error_of_the_run_is_not_hidden_by_one_of_a_save(tmp_path, caplog):
   run_error = pytest.raises(KeyError, match="of the run")
   with run_error, file_limit(2000), Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, tree())
