@@ -67,6 +67,7 @@ def _dispatch(argv: list[str]) -> int:
     commands = ", ".join(summaries)
     raise ConfigError(f"unknown command {name!r}{hint} (commands: {commands})")
   platform.choose()  # before the command's module imports jax
+  platform.check_hosts()
   command = importlib.import_module(f"rlft.cli.{name.replace('-', '_')}")
   parser = argparse.ArgumentParser(
     prog=f"rlft {name}",

@@ -1,4 +1,4 @@
-"""Which accelerator jax should look for; decided once, before jax is imported."""
+"""Which accelerators jax should look for, and on how many hosts; decided once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
+
+from rlft.core.errors import ConfigError
 
 # Package of the jax plugin -> what `JAX_PLATFORMS` calls it.
 _PLUGINS = {
@@ -53,3 +55,39 @@ def choose(
   platforms = ",".join([*sorted(present), "cpu"])
   environ["JAX_PLATFORMS"] = platforms
   return platforms
+
+
+def check_hosts(
+  environ: MutableMapping[str, str] = os.environ,
+  count: Callable[[], int] | None = None,
+) -> None:
+  """Refuses to be one of several processes: each would train by itself, and write over
+  the others.
+
+  Args:
+    environ: has what launchers say: RLFT_COORDINATOR ("auto", or HOST:PORT with
+      RLFT_NUM_PROCESSES); without it, this is the only process.
+    count: of the processes that "auto" finds; by default as jax does on a TPU.
+
+  Raises:
+    ConfigError: there are several.
+  """
+  coordinator = environ.get("RLFT_COORDINATOR")
+  if not coordinator:
+    return
+  if coordinator == "auto":
+    processes = (count or _join)()
+  else:
+    processes = int(environ.get("RLFT_NUM_PROCESSES", "1"))
+  if processes > 1:
+    raise ConfigError(
+      f"{processes} processes were started (RLFT_COORDINATOR={coordinator}): this "
+      "release runs on one host, with all of its devices; start one process"
+    )
+
+
+def _join() -> int:
+  import jax
+
+  jax.distributed.initialize()
+  return jax.process_count()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from rlft.core import platform
+from rlft.core.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,21 @@ def test_jax_starts_on_this_machine_without_a_word():
     [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
   )
   assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+  ("environ", "found", "refused"),
+  [
+    ({}, 8, False),  # nobody is asked
+    ({"RLFT_COORDINATOR": "auto"}, 1, False),
+    ({"RLFT_COORDINATOR": "auto"}, 8, True),
+    ({"RLFT_COORDINATOR": "h:1"}, 8, False),
+    ({"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "1"}, 8, False),
+    ({"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "2"}, 1, True),
+  ],
+)
+def test_several_processes_are_refused(environ, found, refused):
+  if not refused:
+    return platform.check_hosts(environ, lambda: found)
+  with pytest.raises(ConfigError, match="one host"):
+    platform.check_hosts(environ, lambda: found)
