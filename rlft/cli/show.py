@@ -144,6 +144,8 @@ def cell(value: object) -> str:
     estimate, low, high = value
     return f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
   if isinstance(value, float):
+    if 0 < abs(value) < 5e-4:  # a learning rate is not 0.000
+      return f"{value:.1e}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
   return str(value)
 

@@ -1,0 +1,104 @@
+"""Shows a work directory: its checkpoints and their health, last metrics, transcripts.
+
+  rlft inspect runs/ppo
+  rlft inspect runs/ppo --verify      # reads every array of every checkpoint
+
+Nothing is written, and a run that is going on is not disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from rlft.cli import config as configs
+from rlft.cli import show
+from rlft.core.errors import CheckpointError, ConfigError
+from rlft.training import metrics
+from rlft.training.checkpoint import DIRECTORY, LOCK, Checkpointer
+
+SUMMARY = "show a run: checkpoints and their health, last metrics, transcripts"
+TRANSCRIPT_LINES = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("workdir", type=Path)
+  parser.add_argument("--verify", action="store_true", help="read every array")
+
+
+def run(args: argparse.Namespace) -> int:
+  workdir = args.workdir
+  if not workdir.is_dir():
+    raise ConfigError(f"{workdir} is no directory: give that of a run")
+  settings, rows = configs.read_resolved(workdir), metrics.read(workdir)
+  damaged = False
+  if settings is None and not rows and not (workdir / DIRECTORY).is_dir():
+    raise ConfigError(f"{workdir} holds no run: no settings, metrics or checkpoints")
+  if settings is not None:
+    print(f"{workdir}: model {settings.get('model', {}).get('path', 'unknown')}")
+  if (workdir / DIRECTORY).is_dir():
+    damaged = _checkpoints(workdir, args.verify)
+  if rows:
+    _metrics(rows)
+  for path in sorted(workdir.glob("**/transcripts*.txt"))[-1:]:
+    lines = path.read_text().splitlines()
+    print(f"\n{path}, the first of {len(lines)} lines:\n")
+    print("\n".join(lines[:TRANSCRIPT_LINES]))
+  return 1 if damaged else 0
+
+
+def _checkpoints(workdir: Path, verify: bool) -> bool:
+  """Prints the table; whether one of them is damaged."""
+  body, damaged = [], False
+  checkpoints = Checkpointer(workdir, lock=False)
+  for step in checkpoints.steps():
+    path = workdir / DIRECTORY / f"{step:08d}"
+    try:
+      manifest = checkpoints.manifest(step)
+      problems = checkpoints.verify(step) if verify else {}
+    except CheckpointError as error:
+      manifest, problems = None, {"manifest": str(error)}
+    damaged |= bool(problems)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    health = "whole" if verify else "not read (--verify)"
+    if problems:
+      name, what = next(iter(problems.items()))
+      health = f"DAMAGED: {name} {what}"
+      health += f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    body.append(
+      [
+        step,
+        _ago(path.stat().st_mtime),
+        f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB",
+        len(manifest["arrays"]) if manifest else None,
+        health,
+      ]
+    )
+  checkpoints.close()
+  show.table("checkpoints", ["step", "saved", "size", "arrays", "health"], body)
+  for path in sorted((workdir / DIRECTORY).glob("*.damaged")):
+    print(f"put aside as damaged: {path}")
+  owner = (workdir / LOCK).read_text().strip() if (workdir / LOCK).is_file() else ""
+  if owner:
+    print(f"last writer: {owner}")
+  return damaged
+
+
+def _metrics(rows: list[dict[str, Any]]) -> None:
+  first, last = rows[0], rows[-1]
+  names = [name for name in last if name not in ("step", "time")]
+  show.table(
+    f"metrics: {len(rows)} lines, the last of {_ago(last['time'])}",
+    ["", f"step {first['step']}", f"step {last['step']}"],
+    [[name, first.get(name), last[name]] for name in names],
+  )
+
+
+def _ago(then: float) -> str:
+  seconds = max(0, int(time.time() - then))
+  for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+    if seconds >= 2 * size:
+      return f"{seconds // size} {unit} ago"
+  return f"{seconds} seconds ago"
