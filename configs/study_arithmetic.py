@@ -15,7 +15,7 @@ def get_config(size: str = "short") -> ConfigDict:
   full, smoke = size == "full", size == "smoke"
   if size not in ("short", "full", "smoke"):
     raise ValueError(f"{size!r}: short, full or smoke")
-  prompts = 32 if smoke else 800 if full else 500
+  prompts = 32 if smoke else 500
   samples = 4 if smoke else 8
   rows = 16 if smoke else 100
   tokens = 48
@@ -24,7 +24,7 @@ def get_config(size: str = "short") -> ConfigDict:
   supervised = dict(
     optimizer=dict(learning_rate=1e-3, warmup_steps=10, b2=0.98),
     batch_size=64,
-    update_tokens=500 if smoke else 160_000 if full else 80_000,
+    update_tokens=500 if smoke else 100_000,
     max_length=128,
   )
   decoder = dict(
@@ -84,10 +84,10 @@ def get_config(size: str = "short") -> ConfigDict:
       orm=dict(
         optimizer=dict(learning_rate=1e-3, eps=1e-5),
         batch_size=32,
-        epochs=1,
+        epochs=4,
         max_length=128,
       ),
-      orm_samples=2,
+      orm_samples=3,
       dev_prompts=20 if smoke else 200,
       eval=dict(
         samples=4 if smoke else 16,

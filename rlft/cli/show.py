@@ -170,8 +170,8 @@ def plot_bars(
   """
   arms = list(dict.fromkeys(a for p in panels.values() for g in p.values() for a in g))
   slots = max(len(groups) for groups in panels.values()) * len(arms)
-  width = max(3.2, 0.45 * slots + 1.2)
-  figure, axes = _figure(len(panels), (width * len(panels), 4.2))
+  width = max(3.2, min(0.45, 12 / slots) * slots + 1.2)
+  figure, axes = _figure(len(panels), (width, 4.2))
   for axis, (panel, groups) in zip(axes, panels.items()):
     for i, arm in enumerate(arms):
       for j, intervals in enumerate(groups.values()):
@@ -191,7 +191,7 @@ def plot_bars(
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_title(panel, fontsize=10)
     axis.set_ylim(bottom=0)
-  axes[0].set_ylabel(ylabel)
+    axis.set_ylabel(ylabel)
   return _finish(figure, axes, arms, title, path)
 
 
@@ -231,18 +231,24 @@ def plot_lines(
   return _finish(figure, axes, list(series), title, path)
 
 
+_WIDEST = 20.0  # inches: a wider row of panels is stacked
+
+
 def _figure(count: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+  """`count` panels of a size: side by side, or below each other where they are wide."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  rows, columns = (1, count) if count * size[0] <= _WIDEST else (count, 1)
+  size = (size[0] * columns, size[1] * rows)
   figure = Figure(figsize=size, layout="constrained")
   FigureCanvasAgg(figure)
-  axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+  axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
   for axis in axes:
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-  return figure, list(axes)
+  return figure, axes
 
 
 def _finish(
