@@ -4,7 +4,8 @@
   rlft compare --config=configs/study_arithmetic.py:full --workdir=runs/study_full
 
 Short: one seed from the embedded mini model ("sft"). Full: three seeds, and as well
-from a model that has seen the task only briefly ("base").
+from a model that has seen the task only briefly ("base"). The README has what the full
+one gave. A seed takes 15 to 30 minutes of one core.
 """
 
 from ml_collections import ConfigDict
