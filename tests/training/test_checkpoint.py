@@ -11,7 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -562,13 +564,19 @@ def without_rights():
       os.seteuid(0)
 
 
+@pytest.fixture
+def public():
+  """A directory that others may enter; none of those above pytest's own is."""
+  with tempfile.TemporaryDirectory() as path:
+    os.chmod(path, 0o755)
+    yield Path(path)
+
+
 @pytest.mark.parametrize("inner", [False, True], ids=["workdir", "checkpoints"])
-def test_a_read_only_directory_fails_before_the_first_step(tmp_path, inner):
-  workdir = tmp_path / "run"
+def test_a_read_only_directory_fails_before_the_first_step(public, inner):
+  workdir = public / "run"
   saved(workdir, 1)
   (workdir / LOCK).chmod(0o666)
-  for path in (tmp_path, *tmp_path.parents[:2]):
-    path.chmod(0o755)
   workdir.chmod(0o777 if inner else 0o555)
   (workdir / DIRECTORY).chmod(0o555 if inner else 0o777)
   if not inner:
