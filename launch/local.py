@@ -84,9 +84,10 @@ def say(text: str) -> None:
 def show(number: int, process: subprocess.Popen[bytes]) -> None:
   """Copies a process's output, line by line, behind its number."""
   assert process.stdout is not None
-  for line in process.stdout:
-    text = line.decode(errors="replace").rstrip("\n")
-    print(f"[{number}] {text}\n", end="", flush=True)
+  with process.stdout as lines:
+    for line in lines:
+      text = line.decode(errors="replace").rstrip("\n")
+      print(f"[{number}] {text}\n", end="", flush=True)
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:
@@ -112,20 +113,9 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
     The exit code of the first process that failed by itself; else 75 if one was
     preempted; else 0.
   """
-  # Sessions of their own: Ctrl-C in the terminal must reach them once, through us.
-  processes = [
-    subprocess.Popen(
-      line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    for line in lines
-  ]
-  readers = [
-    threading.Thread(target=show, args=item, daemon=True)
-    for item in enumerate(processes)
-  ]
-  for reader in readers:
-    reader.start()
-
+  processes: list[subprocess.Popen[bytes]] = []
+  readers: list[threading.Thread] = []
+  early: list[int] = []  # signals that came before all processes were started
   deadline = float("inf")
 
   def send(number: int) -> None:
@@ -136,6 +126,9 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
 
   def forward(number: int, _frame: object) -> None:
     nonlocal deadline
+    if len(processes) < len(lines):
+      early.append(number)
+      return
     say(f"{signal.Signals(number).name} is passed on to all processes")
     deadline = min(deadline, time.monotonic() + save)
     send(number)
@@ -143,6 +136,16 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
   before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
   result, ended, failed = 0, set[int](), False
   try:
+    for number, line in enumerate(lines):
+      # A session of its own: Ctrl-C in the terminal must reach it once, through us.
+      process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+      )
+      processes.append(process)
+      readers.append(threading.Thread(target=show, args=(number, process), daemon=True))
+      readers[-1].start()
+    for number in early:
+      forward(number, None)
     while len(ended) < len(processes):
       for number, process in enumerate(processes):
         if number in ended or process.poll() is None:

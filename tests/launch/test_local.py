@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -205,3 +206,23 @@ def test_jax_finds_the_others(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   for number in (0, 1):
     assert f"[{number}] all [10.0, 11.0]" in done.stdout
+
+
+def test_a_signal_while_processes_are_started_reaches_all(monkeypatch):
+  spec = importlib.util.spec_from_file_location("local", LOCAL)
+  local = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(local)
+  missed, start = [], subprocess.Popen
+
+  def start_and_signal(*args, **kwargs):
+    process = start(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+
+  before = signal.signal(signal.SIGTERM, lambda *_: missed.append(1))
+  try:
+    monkeypatch.setattr(local.subprocess, "Popen", start_and_signal)
+    assert local.supervise([["sleep", "60"]] * 2, grace=5, save=5) == 128 + 15
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert not missed
