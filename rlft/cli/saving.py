@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.cli import config as configs
+from rlft.core.errors import ConfigError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
 from rlft.training.saving import Saving
 
@@ -37,6 +38,13 @@ class CheckpointConfig:
   keep_last: int = 2
   keep_every: int = 0
   strict_resume: bool = False
+
+  def __post_init__(self):  # before a model is loaded
+    if min(self.every, self.keep_last, self.keep_every + 1) < 1:
+      raise ConfigError(
+        f"every={self.every}, keep_last={self.keep_last}: at least 1; "
+        f"keep_every={self.keep_every}: 0 (off) or positive"
+      )
 
 
 @contextlib.contextmanager
