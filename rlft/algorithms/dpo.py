@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -42,8 +42,10 @@ from rlft.objectives.estimates import bootstrap_interval
 from rlft.sampling.score import token_logp
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, grouped, place
+from rlft.training.epochs import fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.pairs import PairBatch, TokenPair, collate_pairs, encode_pairs
+from rlft.training.saving import Saving
 from rlft.training.step import Sums, make_step
 from rlft.training.trainee import Trainee
 
@@ -313,6 +315,7 @@ def train(
   dev: Mapping[str, Sequence[Preference]] | None = None,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   on_progress: Callable[[int, int], None] | None = None,
+  saving: Saving | None = None,
 ) -> DPOResult:
   """Trains a policy on preferences.
 
@@ -326,9 +329,12 @@ def train(
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
     on_progress: called with (pairs done, pairs to do) of the reference's pass.
+    saving: saves the run, and goes on with what it has saved (the reference's pass is
+      made again); see `training.epochs`.
 
   Raises:
     ConfigError, DataError: before any device work.
+    StoppedError: `saving` was asked to stop, and the state is saved.
     DivergenceError: the first loss is not that of a policy which is its reference, or
       a loss is not finite.
   """
@@ -347,7 +353,8 @@ def train(
   dev = dev or {}
   held = {name: encode(rows) for name, rows in dev.items()}
   asked = [pair for rows in held.values() for pair in rows]
-  planned = math.ceil(len(pairs) / config.batch_size) * config.epochs
+  per_epoch = math.ceil(len(pairs) / config.batch_size)
+  planned = per_epoch * config.epochs
   trainee = Trainee(
     policy,
     config.optimizer,
@@ -388,48 +395,52 @@ def train(
     config.label_smoothing,
     config.micro_batches,
   )
-  read: list[dict[str, float]] = []
+  lengths = [pair.length for pair in pairs]
 
-  def report(metrics):
-    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    if not read and reference is None:
-      check_first_update(metrics["loss"], config)
-    if not math.isfinite(metrics["loss"]):
-      raise DivergenceError(
-        f"update {len(read)}: the loss is {metrics['loss']}; lower the learning rate"
-      )
-    read.append(metrics)
-    if on_step is not None:
-      on_step(len(read), planned, metrics)
-
-  lengths, waiting = [pair.length for pair in pairs], None
-  for epoch in range(config.epochs):
+  def epoch_of(epoch: int) -> Iterator[DPOBatch]:
     for length, members in grouped(
       lengths, batch_size=config.batch_size, seed=config.seed, epoch=epoch
     ):
       batch = collate_pairs([pairs[i] for i in members], config.batch_size, length)
       ref_B2 = np.zeros((config.batch_size, 2), np.float32)
       ref_B2[: len(members)] = ref_N2[members]
-      batch = place(DPOBatch(batch, ref_B2), start.model.mesh)
-      trainee.state, metrics = step(trainee.state, batch, trainee.base)
-      if waiting is not None:
-        report(waiting)
-      waiting = metrics
-  report(waiting)
+      yield place(DPOBatch(batch, ref_B2), start.model.mesh)
+
+  def report(update: int, of: int, metrics: dict[str, float]) -> None:
+    if update == 1 and reference is None:
+      check_first_update(metrics["loss"], config)
+    if not math.isfinite(metrics["loss"]):
+      raise DivergenceError(
+        f"update {update}: the loss is {metrics['loss']}; lower the learning rate"
+      )
+    if on_step is not None:
+      on_step(update, of, metrics)
+
+  fitted = fit(
+    lambda state, batch: step(state, batch, trainee.base),
+    trainee.state,
+    epoch_of,
+    per_epoch,
+    planned,
+    curves=("loss", "accuracy", "margin"),
+    on_step=report,
+    saving=saving,
+  )
+  trainee.state = fitted.state
   if held:
     trained, lora = trainee.adapted()
     after = look(logp(trained, asked, lora=lora))
   return DPOResult(
     policy=trainee.export(),
-    losses=[m["loss"] for m in read],
-    accuracies=[m["accuracy"] for m in read],
-    margins=[m["margin"] for m in read],
+    losses=fitted.curves["loss"],
+    accuracies=fitted.curves["accuracy"],
+    margins=fitted.curves["margin"],
     before=before,
     after=after,
-    steps=len(read),
+    steps=fitted.updates,
     pairs=len(pairs),
     dropped=len(preferences) - len(pairs),
-    seconds=time.perf_counter() - began,
+    seconds=fitted.earlier + time.perf_counter() - began,
     reference_seconds=reference_seconds,
   )
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,6 +35,7 @@ from rlft.objectives.supervised import binary_cross_entropy
 from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, encode_rows
+from rlft.training.epochs import Fitted, fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.outcomes import (
   Outcome,
@@ -45,6 +45,7 @@ from rlft.training.outcomes import (
   outcome_batches,
 )
 from rlft.training.pairs import PairBatch, encode_pairs, pair_batches
+from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ def train_pairs(
   *,
   references: Sequence[tuple[str, str]] = (),
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  saving: Saving | None = None,
 ) -> RewardModelResult:
   """Trains a reward model on preferences.
 
@@ -178,9 +180,11 @@ def train_pairs(
       default the chosen sides.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics ("loss", "accuracy", "reward_gap" ...) are those of the update before.
+    saving: saves the run, and goes on with what it has saved; see `training.epochs`.
 
   Raises:
     ConfigError, DataError: before any device work.
+    StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
   check(policy, config)
@@ -203,10 +207,12 @@ def train_pairs(
     epoch=epoch,
     mesh=start.model.mesh,
   )
-  trained, metrics = _fit(start, pair_loss, epoch_of, len(pairs), config, on_step)
+  trained, fitted = _fit(
+    start, pair_loss, epoch_of, len(pairs), config, on_step, saving
+  )
   if config.normalise:
     trained = normalise(trained, [row.tokens for row in rows])
-  return _result(trained, metrics, len(pairs), len(preferences), began)
+  return _result(trained, fitted, len(pairs), len(preferences), began)
 
 
 def normalise(scalar: ScalarModel, rows: Sequence[Sequence[int]]) -> ScalarModel:
@@ -230,6 +236,7 @@ def train_outcome(
   config: RewardModelConfig,
   *,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  saving: Saving | None = None,
 ) -> RewardModelResult:
   """Trains an outcome model: the logit that a prefix ends in a right answer.
 
@@ -238,10 +245,11 @@ def train_outcome(
     outcomes: labelled solutions, of `sample_outcomes`.
     config: see `RewardModelConfig`; nothing is normalised, for a probability has a
       scale of its own.
-    on_step: as for `train_pairs`.
+    on_step, saving: as for `train_pairs`.
 
   Raises:
     ConfigError, DataError: before any device work.
+    StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
   check(policy, config)
@@ -279,8 +287,10 @@ def train_outcome(
     epoch=epoch,
     mesh=start.model.mesh,
   )
-  trained, metrics = _fit(start, outcome_loss, epoch_of, len(kept), config, on_step)
-  return _result(trained, metrics, len(kept), len(rows), began)
+  trained, fitted = _fit(
+    start, outcome_loss, epoch_of, len(kept), config, on_step, saving
+  )
+  return _result(trained, fitted, len(kept), len(rows), began)
 
 
 # ---------------------------------------------------------------------------- shared
@@ -324,37 +334,34 @@ def _fit(
   count: int,
   config: RewardModelConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None,
-) -> tuple[ScalarModel, list[dict[str, float]]]:
-  """Runs the updates; (trained model, metrics of each update)."""
+  saving: Saving | None,
+) -> tuple[ScalarModel, Fitted]:
+  """Runs the updates; (trained model, what they gave)."""
   model = start.model.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
-  planned = math.ceil(count / config.batch_size) * config.epochs
-  step = make_train_step(loss, model, config.optimizer, config.micro_batches)
-  state = init_state(start.params, config.optimizer, planned)
-  read: list[dict[str, float]] = []
-  before = None
-
-  def report(metrics):
-    read.append({name: float(x) for name, x in jax.device_get(metrics).items()})
-    if on_step is not None:
-      on_step(len(read), planned, read[-1])
-
-  for epoch in range(config.epochs):
-    for batch in epoch_of(epoch):
-      state, metrics = step(state, batch)
-      if before is not None:
-        report(before)  # of the update before: reading it waits for nothing
-      before = metrics
-  report(before)
-  return dataclasses.replace(start, params=state.params), read
+  per_epoch = math.ceil(count / config.batch_size)
+  planned = per_epoch * config.epochs
+  fitted = fit(
+    make_train_step(loss, model, config.optimizer, config.micro_batches),
+    init_state(start.params, config.optimizer, planned),
+    epoch_of,
+    per_epoch,
+    planned,
+    curves=("loss", "accuracy"),
+    on_step=on_step,
+    saving=saving,
+  )
+  return dataclasses.replace(start, params=fitted.state.params), fitted
 
 
-def _result(trained, metrics, rows: int, given: int, began: float) -> RewardModelResult:
+def _result(
+  trained: ScalarModel, fitted: Fitted, rows: int, given: int, began: float
+) -> RewardModelResult:
   return RewardModelResult(
     model=trained,
-    losses=[m["loss"] for m in metrics],
-    accuracies=[m["accuracy"] for m in metrics],
-    steps=len(metrics),
+    losses=fitted.curves["loss"],
+    accuracies=fitted.curves["accuracy"],
+    steps=fitted.updates,
     rows=rows,
     dropped=given - rows,
-    seconds=time.perf_counter() - began,
+    seconds=fitted.earlier + time.perf_counter() - began,
   )

@@ -33,7 +33,9 @@ from rlft.training.data import (
   encode_prompts,
   encode_rows,
 )
+from rlft.training.epochs import fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 
 log = logging.getLogger(__name__)
@@ -156,6 +158,7 @@ def train(
   rows: Sequence[tuple[str, str | Sequence[int]]] | Sequence[TokenRow],
   config: SFTConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  saving: Saving | None = None,
 ) -> SFTResult:
   """Trains a policy on (prompt, completion) rows.
 
@@ -166,12 +169,14 @@ def train(
     config: see `SFTConfig`.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
+    saving: saves the run, and goes on with what it has saved; see `training.epochs`.
 
   Returns:
     `SFTResult`.
 
   Raises:
     ConfigError, DataError: before any device work.
+    StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
   check(policy, config)
@@ -185,40 +190,32 @@ def train(
     raise DataError("no token is in the loss: each row is one token long")
   epochs = config.update_tokens / per_epoch if config.update_tokens else config.epochs
   # A batch that its epoch cannot fill is an update too.
-  planned = math.ceil(epochs * math.ceil(len(encoded) / config.batch_size))
-  step = make_train_step(model, config.optimizer, config.micro_batches)
-  state = init_state(policy.params, config.optimizer, planned)
-  losses, tokens, epoch, before = [], 0, 0, None
-
-  def report(metrics):
-    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-    losses.append(metrics["loss"])
-    if on_step is not None:
-      on_step(len(losses), max(planned, len(losses)), metrics)
-
-  enough = False
-  while not enough:
-    for batch in batches(
+  batches_per_epoch = math.ceil(len(encoded) / config.batch_size)
+  planned = math.ceil(epochs * batches_per_epoch)
+  fitted = fit(
+    make_train_step(model, config.optimizer, config.micro_batches),
+    init_state(policy.params, config.optimizer, planned),
+    lambda epoch: batches(
       encoded,
       batch_size=config.batch_size,
       seed=config.seed,
       epoch=epoch,
       mesh=model.mesh,
-    ):
-      state, metrics = step(state, batch)
-      tokens += int(np.asarray(batch.weight).sum())
-      if before is not None:
-        report(before)
-      before = metrics
-      enough = config.update_tokens and tokens >= config.update_tokens
-      if enough:
-        break
-    epoch += 1
-    enough = enough or (not config.update_tokens and epoch >= config.epochs)
-  report(before)
-  trained = dataclasses.replace(policy, params=state.params)
-  seconds = time.perf_counter() - began
-  return SFTResult(trained, losses, len(losses), tokens, seconds)
+    ),
+    batches_per_epoch,
+    planned,
+    tokens_of=lambda batch: int(np.asarray(batch.weight).sum()),
+    budget=config.update_tokens,
+    on_step=on_step,
+    saving=saving,
+  )
+  return SFTResult(
+    policy=dataclasses.replace(policy, params=fitted.state.params),
+    losses=fitted.curves["loss"],
+    steps=fitted.updates,
+    update_tokens=fitted.tokens,
+    seconds=fitted.earlier + time.perf_counter() - began,
+  )
 
 
 def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRow]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, StoppedError
 from rlft.core.hosts import everyone
 from rlft.training.checkpoint import Checkpoint, Checkpointer
 
@@ -17,7 +17,8 @@ class Saving:
 
   Attributes:
     checkpoints: of its work directory.
-    every: iterations between checkpoints; the last one is always saved.
+    every: iterations, or updates of supervised training, between checkpoints; the last
+      one is always saved.
     strict: whether a damaged checkpoint is an error, see `Checkpointer.restore`.
     stop: whether the run should save and end now; of any process of the run.
     on_restore: gets the checkpoint that the run goes on from.
@@ -31,7 +32,7 @@ class Saving:
 
   def __post_init__(self):
     if self.every < 1:
-      raise ConfigError(f"every={self.every}: at least 1 iteration")
+      raise ConfigError(f"every={self.every}: at least 1")
 
   def restore(self, like: Any) -> Checkpoint | None:
     """The checkpoint to go on from; None at the start of a run."""
@@ -43,3 +44,11 @@ class Saving:
   def asked_to_stop(self) -> bool:
     """The same on every process."""
     return any(everyone(self.stop()))
+
+  def end(self, after: str) -> NoReturn:
+    """Waits for the save that runs, and ends the run by `StoppedError`."""
+    self.checkpoints.wait()
+    raise StoppedError(
+      f"asked to stop after {after}; the state is saved, and the same command goes on "
+      "from there"
+    )

@@ -190,7 +190,7 @@ def test_a_first_loss_that_cannot_be_is_an_error(policy, pairs, monkeypatch):
 def test_a_loss_that_is_not_finite_is_an_error(policy, stranger, pairs):
   params = {**stranger.params, "embedding": stranger.params["embedding"] * np.nan}
   broken = dataclasses.replace(stranger, params=params)
-  with pytest.raises(DivergenceError, match="update 0: the loss is nan"):
+  with pytest.raises(DivergenceError, match="update 1: the loss is nan"):
     dpo.train(policy, pairs[:8], CONFIG, broken)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from rlft.algorithms import grpo, ppo
+from rlft.algorithms import dpo, grpo, ppo, reward_model, sft
 from rlft.core.errors import CheckpointError, StoppedError
+from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.types import Example, Reward
+from rlft.models.decoder import param_axes, param_shapes
 from rlft.models.lora import LoRAConfig
+from rlft.tasks.preferences import Preference
 from rlft.training.checkpoint import Checkpointer
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.saving import Saving
@@ -60,6 +65,11 @@ def go(name, tiny, saving=None):
   return run(tiny, PROMPTS, pay, config, dev_score=dev_score, saving=saving)
 
 
+def assert_equal(due, found):
+  """Bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, due, found)
+
+
 def untimed(result):
   timed = ("time/", "tokens_per_second")
   return [
@@ -90,9 +100,7 @@ def test_going_on_is_bit_exact(name, tiny, tmp_path):
   assert len({score for _, score in straight.history}) > 1
   assert resumed.sampled_solutions == straight.sampled_solutions
   assert resumed.update_tokens == straight.update_tokens
-  both = (jax.tree.leaves(x.policy.params) for x in (straight, resumed))
-  for due, found in zip(*both, strict=True):
-    np.testing.assert_array_equal(due, found)
+  assert_equal(straight.policy.params, resumed.policy.params)
 
 
 def test_a_finished_run_gives_its_result_again(tiny, tmp_path):
@@ -112,3 +120,144 @@ def test_a_run_with_other_models_is_refused(tiny, tmp_path):
     pytest.raises(CheckpointError, match="another model or optimiser"),
   ):
     go("ppo", tiny, Saving(checkpoints))
+
+
+# ------------------------------------------------------------- updates over epochs
+
+WORDS = ["".join(w) for n in (1, 2, 3) for w in itertools.product("ab", repeat=n)]
+TEXTS = [(p, w) for p in "ab" for w in WORDS][:26]
+PAIRS = [Preference(i, p, w, w + "a") for i, (p, w) in enumerate(TEXTS)]
+COMMON = {
+  "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", eps=1e-5),
+  "batch_size": 8,
+  "epochs": 2,
+}
+SFT = sft.SFTConfig(**COMMON)
+
+
+def supervised(name, tiny, **how):
+  """(what was trained, curves, steps) of a run of 8 updates."""
+  if name == "dpo":
+    config = dpo.DPOConfig(**COMMON, lora=LoRAConfig(rank=2))
+    found = dpo.train(tiny, PAIRS, config, **how)
+    return found.policy.params, (found.losses, found.accuracies, found.margins)
+  if name == "reward model":
+    config = reward_model.RewardModelConfig(**COMMON)
+    found = reward_model.train_pairs(tiny, PAIRS, config, **how)
+    curves = found.losses, found.accuracies, (found.model.mean, found.model.std)
+    return found.model.params, curves
+  config = SFT
+  if name == "sft, tokens":  # ends in the second epoch, inside it
+    config = dataclasses.replace(SFT, update_tokens=130)
+  found = sft.train(tiny, TEXTS, config, **how)
+  return found.policy.params, (found.losses, found.steps, found.update_tokens)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["sft", "sft, tokens"]
+  + [pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "reward model")],
+)
+def test_supervised_runs_go_on_bit_for_bit(name, tiny, tmp_path):
+  """Stopped after update 2, killed in update 6 (of which 4 are saved), and again."""
+  due, lines = [], []
+  straight = supervised(name, tiny, on_step=lambda *line: due.append(line))
+  assert len(due) == (7 if name == "sft, tokens" else 8)
+
+  def run(**how):
+    with Checkpointer(tmp_path) as checkpoints:
+      on_step = how.pop("on_step", lambda *line: lines.append(line))
+      return supervised(name, tiny, on_step=on_step, saving=Saving(checkpoints, **how))
+
+  asked = iter([False, True])
+  with pytest.raises(StoppedError, match="after update 2 of"):
+    run(stop=functools.partial(next, asked))
+  assert lines == due[:2]
+
+  def killed(update, of, metrics):
+    if update == 5:
+      raise RuntimeError("power")
+    lines.append((update, of, metrics))
+
+  with pytest.raises(RuntimeError, match="power"):
+    run(every=4, on_step=killed)
+  resumed = run()
+  assert lines == due  # of the killed run, those until its checkpoint
+  assert resumed[1] == straight[1]
+  assert_equal(straight[0], resumed[0])
+  again = run()  # of a finished run: its result, and no update
+  assert lines == due and again[1] == straight[1]
+  assert_equal(straight[0], again[0])
+
+
+def test_batches_are_the_same_from_every_position(tiny, tmp_path, monkeypatch):
+  """Stopped after each of the 8 updates."""
+  seen, make = [], sft.make_train_step
+
+  def recorded(*args):
+    def step(state, batch):
+      seen.append(batch.tokens.tolist())
+      return make(*args)(state, batch)
+
+    return step
+
+  monkeypatch.setattr(sft, "make_train_step", recorded)
+  straight = sft.train(tiny, TEXTS, SFT)
+  due = seen.copy()
+  assert len(due) == 8 and due[:4] != due[4:]
+  seen.clear()
+  for update in range(1, 9):
+    assert len(seen) == update - 1
+    with Checkpointer(tmp_path) as checkpoints:
+      saving = Saving(checkpoints, stop=lambda: True)
+      if update < 8:
+        with pytest.raises(StoppedError, match=f"after update {update} of 8"):
+          sft.train(tiny, TEXTS, SFT, saving=saving)
+      else:  # nothing is left to stop
+        resumed = sft.train(tiny, TEXTS, SFT, saving=saving)
+  assert seen == due
+  assert resumed.losses == straight.losses
+  assert_equal(straight.policy.params, resumed.policy.params)
+
+
+def test_more_epochs_can_be_asked_for(tiny, tmp_path):
+  """The schedule is then that of the longer run."""
+
+  def rates(saving=None, epochs=2):
+    seen = []
+    config = dataclasses.replace(SFT, epochs=epochs)
+    sft.train(
+      tiny, TEXTS, config, lambda _, of, m: seen.append(m["learning_rate"]), saving
+    )
+    return seen
+
+  with Checkpointer(tmp_path) as checkpoints:
+    assert rates(Saving(checkpoints), epochs=1) != rates()[:4]
+  with Checkpointer(tmp_path) as checkpoints:
+    assert rates(Saving(checkpoints)) == rates()[4:]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(tiny, tmp_path):
+  """Of 4 devices to 2 x 2 and to one; to 1e-5, for sums are taken in another order."""
+
+  def on(fsdp, tensor):
+    mesh = make_mesh(1, fsdp, tensor, devices=jax.devices()[: fsdp * tensor])
+    model = tiny.model.clone(mesh=mesh)
+    layout = tree_shardings(mesh, param_axes(model), param_shapes(model))
+    params = jax.device_put(tiny.params, layout)
+    return dataclasses.replace(tiny, model=model, params=params)
+
+  straight = sft.train(on(4, 1), TEXTS, SFT)
+  for fsdp, tensor in ((2, 2), (1, 1)):
+    where = tmp_path / f"{fsdp}{tensor}"
+    asked = iter([False] * 3 + [True])
+    with Checkpointer(where) as checkpoints, pytest.raises(StoppedError):
+      stopping = Saving(checkpoints, stop=functools.partial(next, asked))
+      sft.train(on(4, 1), TEXTS, SFT, saving=stopping)
+    with Checkpointer(where) as checkpoints:
+      other = on(fsdp, tensor)
+      resumed = sft.train(other, TEXTS, SFT, saving=Saving(checkpoints))
+    np.testing.assert_allclose(resumed.losses, straight.losses, rtol=1e-5)
+    mesh = jax.tree.leaves(resumed.policy.params)[0].sharding.mesh
+    assert mesh == other.model.mesh

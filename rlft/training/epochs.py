@@ -1,0 +1,134 @@
+"""Updates over epochs of batches: of supervised training, DPO and reward models.
+
+The position in the data is the number of updates: an epoch's order depends on its index
+alone, so a run that goes on skips the batches that it has seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from rlft.training.saving import Saving
+from rlft.training.step import TrainState
+
+
+@dataclasses.dataclass
+class Fitted:
+  """What updates gave.
+
+  Attributes:
+    state: after the last one.
+    curves: name -> its value in every update.
+    updates, tokens: how many, and `tokens_of` of their batches.
+    earlier: seconds of the runs that this one went on from.
+  """
+
+  state: TrainState
+  curves: dict[str, list[float]]
+  updates: int
+  tokens: int
+  earlier: float
+
+
+@dataclasses.dataclass
+class _Progress:
+  """What a run has done; saved with its state."""
+
+  curves: dict[str, list[float]]
+  updates: int = 0
+  tokens: int = 0
+  seconds: float = 0.0
+
+
+def fit(
+  step: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, jax.Array]]],
+  state: TrainState,
+  epoch_of: Callable[[int], Iterator[Any]],
+  per_epoch: int,
+  planned: int,
+  *,
+  curves: Sequence[str] = ("loss",),
+  tokens_of: Callable[[Any], int] = lambda batch: 0,
+  budget: int = 0,
+  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  saving: Saving | None = None,
+) -> Fitted:
+  """Updates a state on batch after batch, epoch after epoch.
+
+  Args:
+    step: a train step; it may donate its state.
+    state: before the first update.
+    epoch_of: the batches of an epoch, by its index alone.
+    per_epoch: batches of an epoch.
+    planned: updates to make.
+    curves: metrics of which every update's value is kept.
+    tokens_of: a batch's tokens in the loss.
+    budget: ends the run with the update that has brought the tokens to so many, instead
+      of `planned` updates; 0 is off.
+    on_step: called with (update, updates planned, metrics) after every update. Metrics
+      are read while the next update runs, except before a save: what is on record is
+      what was saved.
+    saving: saves the state, and goes on with what it has saved; the schedule's horizon
+      is that of `state`, so that more or fewer updates can be asked for.
+
+  Raises:
+    StoppedError: `saving` was asked to stop, and the state is saved.
+  """
+  began = time.perf_counter()
+  progress = _Progress({name: [] for name in curves})
+  found = saving.restore(state) if saving is not None else None
+  if found is not None:
+    state = found.arrays.replace(horizon=state.horizon)
+    progress = _Progress(**found.meta)
+  earlier = progress.seconds
+
+  def report(update: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    for name, values in progress.curves.items():
+      values.append(metrics[name])
+    if on_step is not None:
+      on_step(update, max(planned, update), metrics)
+    return metrics
+
+  def over() -> bool:
+    return progress.tokens >= budget if budget else progress.updates >= planned
+
+  batches, waiting = _from(epoch_of, per_epoch, progress.updates), None
+  while not over():
+    batch = next(batches)
+    state, metrics = step(state, batch)
+    if waiting is not None:
+      report(*waiting)
+    progress.updates += 1
+    progress.tokens += tokens_of(batch)
+    waiting = progress.updates, metrics
+    stop = saving is not None and saving.asked_to_stop()
+    due = saving is not None and (stop or progress.updates % saving.every == 0)
+    if not (due or over()):
+      continue
+    metrics, waiting = report(*waiting), None
+    if saving is not None:
+      progress.seconds = earlier + time.perf_counter() - began
+      meta = dataclasses.asdict(progress)
+      saving.checkpoints.save(progress.updates, state, meta, metrics)
+    if stop and not over():
+      saving.end(f"update {progress.updates} of {max(planned, progress.updates)}")
+  if saving is not None:
+    saving.checkpoints.wait()
+  return Fitted(state, progress.curves, progress.updates, progress.tokens, earlier)
+
+
+def _from(
+  epoch_of: Callable[[int], Iterator[Any]], per_epoch: int, done: int
+) -> Iterator[Any]:
+  """The batches of all epochs, from the one after `done` of them."""
+  epoch, skip = divmod(done, per_epoch)
+  yield from itertools.islice(epoch_of(epoch), skip, None)
+  for later in itertools.count(epoch + 1):
+    yield from epoch_of(later)
