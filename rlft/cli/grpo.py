@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
       rl.look("before", policy, config, workdir)
     with (
       MetricWriter(workdir) as writer,
-      Iterations(writer, "GRPO", config.grpo.iterations) as on_event,
+      Iterations(writer, "GRPO", config.grpo.iterations, resumes=True) as on_event,
     ):
       result = grpo.run(
         policy,

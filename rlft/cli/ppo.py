@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
       rl.look("before", policy, config, workdir)
     with (
       MetricWriter(workdir) as writer,
-      Iterations(writer, "PPO", config.ppo.iterations) as on_event,
+      Iterations(writer, "PPO", config.ppo.iterations, resumes=True) as on_event,
     ):
       result = ppo.run(
         policy,

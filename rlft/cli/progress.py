@@ -24,14 +24,16 @@ class Events:
   """Takes the events of an algorithm: a bar for each phase, and its metrics recorded.
 
   Used as `with Events(writer, "ei") as on_event`. Events are ("sample", {done, of}),
-  others of that form, ("train", {step, of, **metrics}) and ("round", statistics).
+  others of that form, ("train", {step, of, **metrics}), ("round", statistics) and
+  ("resume", {updates, sampled_solutions, rounds}).
   """
 
-  def __init__(self, writer: MetricWriter, name: str = ""):
-    """Args: where metrics go, and a name put before titles and metric names."""
-    self._writer, self._name = writer, name
+  def __init__(self, writer: MetricWriter, name: str = "", resumes: bool = False):
+    """Args: where metrics go, and a name put before titles and metric names; whether
+    the first update drops what a killed run has written of it and of later ones."""
+    self._writer, self._name, self._rewinds = writer, name, resumes
     self._context = self._bar = self._kind = None
-    self._updates = self._samples = 0
+    self._before = self._updates = self._samples = 0
     self._round = 1
 
   def __enter__(self) -> Events:
@@ -41,8 +43,13 @@ class Events:
     self.close()
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
+    if kind == "resume":
+      self.after(values["updates"])
+      self._samples = values["sampled_solutions"]
+      self._round += values["rounds"]
+      return
     if kind == "round":
-      self.close()
+      self.after(self._updates - self._before)
       self._samples = values["sampled_solutions"]
       self._record({f"round/{k}": v for k, v in values.items()})
       self._round += 1
@@ -53,13 +60,23 @@ class Events:
     if "done" in values:
       self._count(values["done"], values["of"])
     else:
-      self._updates += 1
-      self._bar(1, loss=values["loss"])
+      update = self._before + values["step"]  # a run that goes on begins later
+      if self._rewinds:
+        self._writer.rewind(update - 1)
+        self._rewinds = False
+      self._bar(update - self._updates, loss=values["loss"])
+      self._updates = update
       self._record({k: v for k, v in values.items() if k not in ("step", "of")})
 
   def on_step(self, step: int, of: int, metrics: dict[str, float]) -> None:
     """The `on_step` of supervised training."""
     self("train", {"step": step, "of": of, **metrics})
+
+  def after(self, updates: int) -> None:
+    """Ends a training, or takes it as ended: the next update comes after so many."""
+    self.close()
+    self._before += updates
+    self._updates = self._before
 
   def _record(self, metrics: dict[str, Any]) -> None:
     before = f"{self._name}/" if self._name else ""
@@ -90,10 +107,18 @@ class Iterations:
   iterations, and every number of each recorded under its count of sampled solutions.
   """
 
-  def __init__(self, writer: MetricWriter, title: str, total: int, name: str = ""):
+  def __init__(
+    self,
+    writer: MetricWriter,
+    title: str,
+    total: int,
+    name: str = "",
+    resumes: bool = False,
+  ):
     """Args: where metrics go, what the bar says, how many iterations; `name` is put
-    before metric names."""
+    before metric names; `resumes` as for `Events`."""
     self._writer, self._before = writer, f"{name}/" if name else ""
+    self._rewinds = resumes
     self._context = show.progress(title, total)
     self._done = 0
 
@@ -108,9 +133,11 @@ class Iterations:
     if kind == "resume":
       self._done = values["iterations"]
       self._bar(self._done)
-      self._writer.rewind(self._done)
     if kind != "iteration":
       return
+    if self._rewinds:
+      self._writer.rewind(self._done)
+      self._rewinds = False
     self._done += 1
     shown = {short: values[k] for k, short in _SHOWN.items() if k in values}
     self._bar(1, **shown)

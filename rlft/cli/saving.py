@@ -1,18 +1,20 @@
 """A work directory goes on from its checkpoints, and SIGTERM saves before it ends.
 
 The first SIGTERM (a spot machine that is taken away, `kill`, a scheduler) lets the
-iteration end, saves it and ends the command with exit code 75, which launchers take for
-"start it again". A second one ends it at once.
+iteration or update end, saves it and ends the command with exit code 75, which
+launchers take for "start it again". A second one ends it at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ class CheckpointConfig:
   """Checkpoints of a run.
 
   Attributes:
-    every: iterations between two; the last iteration is always saved.
-    keep_last, keep_every: the newest ones that stay, and those of which iterations stay
-      for good (multiples; 0 is none).
+    every: iterations, or updates of supervised training, between two; the last one is
+      always saved.
+    keep_last, keep_every: the newest ones that stay, and those of which iterations (or
+      updates) stay for good (multiples; 0 is none).
     strict_resume: a damaged newest checkpoint is an error; else the one before it is
       used, and a warning says so.
   """
@@ -47,14 +50,27 @@ class CheckpointConfig:
       )
 
 
+# Updates are faster than iterations: of supervised training.
+every_100_updates = functools.partial(CheckpointConfig, every=100)
+
+
 @contextlib.contextmanager
-def saving(workdir: Path, algorithm: str, config: Any) -> Iterator[Saving]:
+def saving(
+  workdir: Path,
+  algorithm: str,
+  config: Any,
+  unit: str = "iteration",
+  within: Saving | None = None,
+) -> Iterator[Saving]:
   """The `Saving` of a command's run; takes the directory's lock and owns SIGTERM.
 
   Args:
     workdir: of the run.
     algorithm: its checkpoints are those of no other one.
     config: of the command; has `checkpoint` and `model`.
+    unit: what its steps are, for people.
+    within: the run that this one is a stage of, with a directory of its own: a SIGTERM
+      is then for both.
 
   Raises:
     CheckpointError: another process runs there, or it cannot be written.
@@ -63,7 +79,7 @@ def saving(workdir: Path, algorithm: str, config: Any) -> Iterator[Saving]:
 
   def on_restore(found: Checkpoint) -> None:
     changed = configs.diff(found.config, settings)
-    print(f"{workdir}: going on after iteration {found.step}")
+    print(f"{workdir}: going on after {unit} {found.step}")
     for name, (old, new) in changed.items():
       print(f"  changed setting {name}: {old} -> {new}")
 
@@ -76,30 +92,30 @@ def saving(workdir: Path, algorithm: str, config: Any) -> Iterator[Saving]:
       identity={"algorithm": algorithm, "model": settings["model"]},
       config=settings,
     ) as checkpoints,
-    _asked_to_stop() as asked,
+    _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
   ):
     yield Saving(
       checkpoints,
       every=keep.every,
       strict=keep.strict_resume,
-      stop=asked.is_set,
+      stop=stop,
       on_restore=on_restore,
     )
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-  """An event that the first SIGTERM sets; the second one ends the process."""
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+  """Whether a first SIGTERM has come; the second one ends the process."""
   asked = threading.Event()
 
   def on_signal(number: int, frame: Any) -> None:
     if asked.is_set():
       os._exit(128 + number)  # whatever hangs, hangs on purpose of nobody
     asked.set()
-    os.write(2, b"\nrlft: asked to stop: saving after this iteration\n")
+    os.write(2, b"\nrlft: asked to stop: saving, then ending\n")
 
   before = signal.signal(signal.SIGTERM, on_signal)
   try:
-    yield asked
+    yield asked.is_set
   finally:
     signal.signal(signal.SIGTERM, before)

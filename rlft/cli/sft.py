@@ -19,6 +19,7 @@ from rlft.algorithms import sft
 from rlft.cli import config as configs
 from rlft.cli import runs, show
 from rlft.cli.progress import Events, counting
+from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.probes.evaluate import EvalConfig, evaluate
 from rlft.sampling.generate import generate
 from rlft.training.metrics import MetricWriter
@@ -33,6 +34,7 @@ class SFTRun:
   Attributes:
     model, mesh, task: what is trained, on which devices, on which problems.
     sft: how.
+    checkpoint: when the run is saved. The same command goes on from the last one.
     eval, eval_splits, eval_prompts: the evaluation at the end; 0 prompts skips it.
   """
 
@@ -40,6 +42,7 @@ class SFTRun:
   mesh: runs.MeshConfig = dataclasses.field(default_factory=runs.MeshConfig)
   task: runs.TaskConfig = dataclasses.field(default_factory=runs.TaskConfig)
   sft: sft.SFTConfig = dataclasses.field(default_factory=sft.SFTConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=every_100_updates)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -54,20 +57,20 @@ def run(args: argparse.Namespace) -> int:
   workdir = Path(args.workdir)
   rows = runs.text_rows(runs.train_examples(config.task))
   policy = runs.make_policy(config.model, config.mesh)
-  configs.write_resolved(workdir, config)
-  with MetricWriter(workdir) as writer:
-    with Events(writer) as events:
-      result = sft.train(policy, rows, config.sft, events.on_step)
-    rlft.save(result.policy, workdir / "model")
-    print(
-      f"{result.steps} updates, {result.update_tokens} tokens in the loss, last loss "
-      f"{result.losses[-1]:.4f}, {result.seconds:.0f} s"
-    )
-    if config.eval_prompts:
-      evaluate_splits(
-        result.policy, config.task, config.eval, config.eval_splits,
-        config.eval_prompts, workdir,
-      )  # fmt: skip
+  with saving(workdir, "sft", config, "update") as keep:
+    configs.write_resolved(workdir, config)
+    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
+      result = sft.train(policy, rows, config.sft, events.on_step, keep)
+  rlft.save(result.policy, workdir / "model")
+  print(
+    f"{result.steps} updates, {result.update_tokens} tokens in the loss, last loss "
+    f"{result.losses[-1]:.4f}, {result.seconds:.0f} s"
+  )
+  if config.eval_prompts:
+    evaluate_splits(
+      result.policy, config.task, config.eval, config.eval_splits,
+      config.eval_prompts, workdir,
+    )  # fmt: skip
   print(
     f"model: {workdir / 'model'}  (rlft sample --config.model.path={workdir}/model)"
   )
