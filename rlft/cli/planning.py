@@ -1,0 +1,415 @@
+"""The programs of an algorithm as abstract shapes: what `rlft plan` compiles.
+
+The programs are those that a run calls, and their shapes the largest that a run gives
+them. Nothing is allocated.
+
+Letters: B rows, T tokens, C completion columns, P prompt columns, S slots, K samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlft.algorithms import grpo, ppo, sft
+from rlft.cli.abstract import Shape, Shapes, chip_bytes, prompts, rules, scalar
+from rlft.cli.estimates import Counter
+from rlft.cli.grpo import GRPORun
+from rlft.cli.ppo import PPORun
+from rlft.cli.runs import ModelConfig, model_path
+from rlft.cli.sft import SFTRun
+from rlft.core.errors import ConfigError
+from rlft.core.mesh import batch_shards
+from rlft.models import families
+from rlft.models.decoder import Decoder, DecoderConfig
+from rlft.rewards import learned
+from rlft.sampling import decode as device
+from rlft.sampling.buckets import bucket
+from rlft.sampling.generate import PREFILL_TOKENS
+from rlft.training import rollouts
+from rlft.training.data import TrainBatch
+
+Run = PPORun | GRPORun | SFTRun
+RUNS: Mapping[str, type] = {"ppo": PPORun, "grpo": GRPORun, "sft": SFTRun}
+_REWARD_TOKENS = 16384  # `max_tokens` of learned rewards, which no command changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A program of the algorithm, and what it is called with.
+
+  Attributes:
+    name, phase: "decode" of "rollout", and so on.
+    lower: gives the `jax.stages.Lowered`.
+    holds: names of the residents that its arguments hold.
+    runs: how often an iteration runs it.
+    model_flops: of one run on all chips, by hand (see `estimates`); where a loop has no
+      static length, of one turn.
+    turns: how often that loop turns in one run; 1 without one.
+  """
+
+  name: str
+  phase: str
+  lower: Callable[[], Any]
+  holds: tuple[str, ...]
+  runs: int
+  model_flops: float
+  turns: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """All that an algorithm holds and runs on a mesh.
+
+  Attributes:
+    residents: name -> bytes of a chip that stay there from program to program.
+    programs: in the order of an iteration.
+    tokens: sampled in an iteration at most (of SFT: tokens of an update).
+  """
+
+  residents: dict[str, int]
+  programs: tuple[Program, ...]
+  tokens: int
+
+
+def architecture(model: ModelConfig) -> DecoderConfig:
+  """The architecture of a configured model, without its weights.
+
+  Raises:
+    ConfigError: it cannot be known here.
+  """
+  if model.decoder is not None:
+    if model.decoder.vocab_size == 0:
+      raise ConfigError(
+        "model.decoder.vocab_size=0 takes the size of the task's tokenizer: a plan "
+        "needs the number"
+      )
+    return model.decoder
+  found = _architecture_at(model_path(model.path))
+  if found is None:
+    raise ConfigError(
+      f"model.path={model.path!r} is no directory with a config.json here: give the "
+      "architecture as model.decoder, as configs/plan_7b_ppo.py does"
+    )
+  return found
+
+
+def _architecture_at(path: str) -> DecoderConfig | None:
+  if path.endswith(".gguf") and Path(path).is_file():
+    from rlft.models import gguf
+
+    hf = gguf.read_config(Path(path))
+  elif path and (Path(path) / "config.json").is_file():
+    hf = json.loads((Path(path) / "config.json").read_bytes())
+  else:
+    return None
+  return families.resolve(hf).from_hf(hf)
+
+
+def make_plan(run: Run, mesh: Mesh, prompt: int) -> Plan:
+  """The programs and the residents of a run on a mesh.
+
+  Args:
+    run: the settings.
+    mesh: of devices that need not be there.
+    prompt: the longest prompt, in tokens (nothing of SFT depends on it).
+
+  Raises:
+    ConfigError: the rows do not divide the mesh, a row is longer than the model's
+      positions, or an architecture is not known.
+  """
+  config = architecture(run.model)
+  if isinstance(run, SFTRun):
+    return _plan_sft(run, config, mesh)
+  return _OnPolicy(run, config, mesh, prompt).plan()
+
+
+def _plan_sft(run: SFTRun, config: DecoderConfig, mesh: Mesh) -> Plan:
+  method, shapes = run.sft, Shapes(mesh)
+  need = method.micro_batches * batch_shards(mesh)
+  if method.batch_size % need:
+    raise ConfigError(
+      f"batch_size={method.batch_size} must be a multiple of micro_batches x batch "
+      f"shards = {method.micro_batches} x {batch_shards(mesh)} = {need}"
+    )
+  model = Decoder(
+    config, dtype=jnp.dtype(method.compute_dtype), mesh=mesh, remat=method.remat
+  )
+  given = shapes.params(model, jnp.dtype(run.model.dtype))
+  state = shapes.state(given, method.optimizer)
+  rows, width = method.batch_size, bucket(min(method.max_length, config.max_positions))
+  batch = TrainBatch(
+    shapes.rows(rows, width),
+    shapes.rows(rows, width, dtype=jnp.bool_),
+    shapes.rows(rows, width, dtype=jnp.float32),
+  )
+  step = sft.make_train_step(model, method.optimizer, method.micro_batches)
+  program = Program(
+    "train step",
+    "update",
+    lambda: step.lower(state, batch),
+    ("policy", "Adam of policy"),
+    1,
+    3 * Counter(config).forward(rows, width, width),
+  )
+  residents = {
+    "policy": chip_bytes(state.params),
+    "Adam of policy": chip_bytes(state.opt_state),
+    "policy as given": chip_bytes(given),
+  }
+  return Plan(residents, (program,), rows * width)
+
+
+class _OnPolicy:
+  """Puts the plan of PPO or GRPO together: what `ppo._Run` and `grpo._Run` do."""
+
+  def __init__(self, run: Any, config: DecoderConfig, mesh: Mesh, prompt: int):
+    self.run, self.config, self.mesh, self.prompt = run, config, mesh, prompt
+    self.ppo = isinstance(run, PPORun)
+    self.method = method = run.ppo if self.ppo else run.grpo
+    if prompt < 1 or prompt + method.max_new_tokens > config.max_positions:
+      raise ConfigError(
+        f"--prompt_tokens={prompt} and max_new_tokens={method.max_new_tokens}: prompts "
+        f"have at least 1 token, and both together at most the {config.max_positions} "
+        "positions of the model"
+      )
+    counts = method.prompts_per_iteration, method.samples_per_prompt
+    parts = method.minibatches, method.micro_batches
+    rollouts.check_rows(*counts, *parts, mesh)
+    self.shards = batch_shards(mesh)
+    self.rows = counts[0] * counts[1]
+    # As `generate` and `rollouts.region` have them; a test compares with a run.
+    self.wide = bucket(prompt)
+    self.capacity = min(bucket(method.max_new_tokens), config.max_positions)
+    total = self.wide + self.capacity
+    self.columns = min(bucket(method.max_new_tokens), self.capacity)
+    self.width = min(bucket(prompt + method.max_new_tokens), total)
+    self.shapes, self.count = Shapes(mesh), Counter(config)
+    self.given = jnp.dtype(run.model.dtype)  # of weights as they were loaded
+    self.model = Decoder(
+      config,
+      dtype=jnp.dtype(method.compute_dtype),
+      mesh=mesh,
+      remat=method.remat,
+      lora_scale=method.lora.scale if method.lora else 1.0,
+    )
+    self.residents: dict[str, int] = {}
+    self.programs: list[Program] = []
+
+  def plan(self) -> Plan:
+    """Everything, in the order of an iteration."""
+    method, shapes, model = self.method, self.shapes, self.model
+    start = shapes.params(model, self.given)
+    params: dict[str, Any] = {"policy": start}
+    base, loss = None, method.loss
+    if method.lora is not None:
+      params, base = {"lora": shapes.lora(model, start, method.lora)}, start
+    if self.ppo and method.value == "shared":
+      params["head"] = shapes.head(self.config)
+    state = shapes.state(params, method.optimizer)
+    self._state("policy", state)
+    # The policy as it was given is the reference, and the base of adapters; without
+    # either it stays too, for the run holds it.
+    needs_reference = self.ppo or bool(loss.kl_coef or method.kl_reward)
+    reference = "reference" if needs_reference or base is not None else "given policy"
+    self.residents[reference] = chip_bytes(start)
+    self._rollout()
+    own = ("policy",) if base is None else ("policy", reference)
+    adapters = state.params.get("lora")
+    if method.old_logp != "sampler":
+      weights = state.params.get("policy", base)
+      self._logp("policy logp", own, weights, adapters)
+    if needs_reference:
+      self._logp("reference logp", (reference,), start, None)
+    value = self._values(state, base, own) if self.ppo else None
+    if self.run.reward.learned:
+      self._rewards()
+    if self.run.dev_prompts:
+      self.residents["best policy"] = chip_bytes(shapes.params(model, jnp.float32))
+    if value is not None:
+      self._value_step(*value)
+    capped = bool(loss.importance_cap and method.old_logp != "sampler")
+    if self.ppo:
+      make, static = ppo.make_policy_step, ppo._static_loss(method)
+      batch = self._batch("returns", "old_value", behaviour_logp=capped)
+    else:
+      make, static = grpo.make_train_step, grpo._static_loss(method)
+      batch = self._batch(behaviour_logp=capped, ref_logp=bool(loss.kl_coef))
+    step = make(model, static, method.optimizer, method.micro_batches)
+    self._update(
+      "policy step",
+      ("Adam of policy", *own),
+      lambda: step.lower(state, batch, base, scalar(jnp.float32)),
+      self.columns,
+      trained=1 if base is None else 0,
+    )
+    return Plan(
+      self.residents, tuple(self.programs), self.rows * method.max_new_tokens
+    )
+
+  def _state(self, name: str, state: Any) -> None:
+    self.residents[name] = chip_bytes(state.params)
+    self.residents[f"Adam of {name}"] = chip_bytes(state.opt_state)
+
+  def _rollout(self) -> None:
+    """The weights as the sampler has them; prefill and decode."""
+    method, samples = self.method, self.method.samples_per_prompt
+    count = method.prompts_per_iteration
+    model = self.model.clone(remat="none")
+    params = self.shapes.params(model, model.dtype, rollout=True)
+    slots = min(bucket(count, 1), max(1, method.max_rows // samples))
+    slots = -(-slots // self.shards) * self.shards
+    group = max(1, min(slots // 4, PREFILL_TOKENS // self.wide))
+    group = -(-group // self.shards) * self.shards
+    state = self.shapes.decode_state(model, slots, samples, self.wide, self.capacity)
+    self.residents["rollout copy"] = chip_bytes(params)
+    batch, int32 = prompts(group, self.wide), scalar(jnp.int32)
+    address = scalar(jnp.uint32), int32, int32
+    table = rules(self.config.vocab_size)
+    self.programs += [
+      Program(
+        "prefill",
+        "rollout",
+        lambda: device.jit_insert.lower(model, params, state, batch, *address),
+        ("rollout copy",),
+        -(-count // group),
+        self.count.forward(group, self.wide, 0),
+      ),
+      Program(
+        "decode",
+        "rollout",
+        lambda: device.jit_decode.lower(model, params, state, table, int32, int32),
+        ("rollout copy",),
+        -(-count // slots),
+        self.count.token(slots * samples, self.wide + self.capacity),
+        turns=method.max_new_tokens,
+      ),
+    ]
+
+  def _score(self, name, holds, jitted, rows, width, arguments, heads) -> None:
+    """A score program on blocks of rows: (tokens, mask) then `arguments`."""
+    row = self.shapes.rows
+    lead = row(rows, width), row(rows, width, dtype=jnp.bool_)
+    self.programs.append(
+      Program(
+        name,
+        "score",
+        lambda: jitted(*lead, *arguments),
+        holds,
+        -(-self.rows // rows),
+        self.count.forward(rows, width, heads),
+      )
+    )
+
+  def _block(self) -> int:
+    """Rows of a block, as `rollouts._start` takes them."""
+    size = min(self.rows, max(1, self.method.max_tokens // self.width))
+    size = -(-self.rows // -(-self.rows // size))
+    return -(-size // self.shards) * self.shards
+
+  def _logp(self, name, holds, weights, lora) -> None:
+    rows = self._block()
+    jitted = functools.partial(
+      rollouts._logp_block.lower, self.model, weights, lora, columns=self.columns
+    )
+    arguments = self.shapes.rows(rows), scalar(jnp.float32)
+    self._score(name, holds, jitted, rows, self.width, arguments, self.columns)
+
+  def _values(self, state, base, own) -> tuple | None:
+    """Scores of the value model; (model, state) of a separate one."""
+    run, method, shapes = self.run, self.method, self.shapes
+    trained = None
+    if method.value == "shared":
+      model, _ = shapes.scalar_model(self.model, self.given)
+      trunk = dict(state.params.get("policy", base))
+      trunk.pop("head", None)
+      holds = own
+      params = {"trunk": trunk, "head": state.params["head"]}
+    else:
+      given = self.given if not run.value else jnp.float32
+      model = self._other(run.value)
+      model, params = shapes.scalar_model(model, given)
+      if run.value:
+        self.residents["given value"] = chip_bytes(params)
+      trained = model, shapes.state(params, method.value_optimizer)
+      params, holds = trained[1].params, ("value",)
+      self._state("value", trained[1])
+    rows = self._block()
+    jitted = functools.partial(
+      rollouts._value_block.lower, model, params, columns=self.columns
+    )
+    self._score("values", holds, jitted, rows, self.width, (shapes.rows(rows),), 0)
+    return trained
+
+  def _other(self, path: str) -> Decoder:
+    """The decoder of a model at a path; where nothing is there yet, as the policy."""
+    config = _architecture_at(path) or self.config
+    return self.model.clone(config=config, lora_scale=1.0)
+
+  def _rewards(self) -> None:
+    """A learned reward, on rows as they were sampled; see `rewards.learned`."""
+    choice = self.run.reward
+    # `load_scalar` gives float32, weights and computation.
+    model = self._other(choice.model).clone(dtype=jnp.dtype(jnp.float32), remat="none")
+    model, params = self.shapes.scalar_model(model, jnp.float32)
+    self.residents["reward model"] = chip_bytes(params)
+    every = choice.kind == "orm_dense"
+    jitted = learned._jit_token_values if every else learned._jit_last_value
+    width = bucket(self.wide + self.capacity)
+    rows = min(bucket(self.rows, 1), max(1, _REWARD_TOKENS // width))
+    rows = -(-rows // self.shards) * self.shards
+    lower = functools.partial(jitted.lower, model, params)
+    self._score("rewards", ("reward model",), lower, rows, width, (), 0)
+
+  def _batch(self, *names: str, **there: bool) -> rollouts.RLBatch:
+    """A minibatch, with the optional fields that are named."""
+    rows, row = self.rows // self.method.minibatches, self.shapes.rows
+    real: Shape = row(rows, self.columns, dtype=jnp.float32)
+    return rollouts.RLBatch(
+      tokens=row(rows, self.width),
+      mask=row(rows, self.width, dtype=jnp.bool_),
+      start=row(rows),
+      loss_mask=row(rows, self.columns, dtype=jnp.bool_),
+      old_logp=real,
+      advantage=real,
+      **dict.fromkeys(names, real),
+      **{name: real for name, is_there in there.items() if is_there},
+    )
+
+  def _value_step(self, model, state) -> None:
+    method = self.method
+    loss = ppo._static_loss(method)
+    step = ppo.make_value_step(
+      model, loss, method.value_optimizer, method.micro_batches
+    )
+    batch = self._batch("returns", "old_value")
+    holds = ("value", "Adam of value")
+    self._update("value step", holds, lambda: step.lower(state, batch), 0)
+
+  def _update(self, name, holds, lower, heads: int, trained: int = 1) -> None:
+    method = self.method
+    rows = self.rows // method.minibatches
+    # Backward: gradients of activations and, unless frozen, of weights.
+    flops = (2 + trained) * self.count.forward(rows, self.width, heads)
+    self.programs.append(
+      Program(name, "update", lower, holds, method.epochs * method.minibatches, flops)
+    )
+
+
+def method_of(run: Run) -> Any:
+  """The settings of the run's algorithm."""
+  return next(getattr(run, name) for name, cls in RUNS.items() if type(run) is cls)
+
+
+def knobs(run: Run) -> dict[str, Any]:
+  """Settings that change memory and speed, but no result."""
+  names = ("micro_batches", "remat", "max_rows", "max_tokens")
+  method = method_of(run)
+  return {name: getattr(method, name) for name in names if hasattr(method, name)}
