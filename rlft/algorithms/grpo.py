@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.core import rng
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
 from rlft.core.types import Example, Reward, Rollout
 from rlft.models.decoder import Decoder
@@ -364,6 +364,7 @@ class _Run:
       seed=config.seed,
     )
     start = self.trainee.start
+    self.mesh = start.model.mesh
     self.needs_reference = bool(config.loss.kl_coef or config.kl_reward)
     self.step = make_train_step(
       start.model, _static_loss(config), config.optimizer, config.micro_batches
@@ -398,7 +399,8 @@ class _Run:
     stats |= gap | seen
     with timers.phase("update"):
       stats |= self._update(index, batch, tell)
-    tokens = int(batch.loss_mask.sum()) * config.epochs
+    counts = hosts.each_part(int(batch.loss_mask.sum()), self.mesh)
+    tokens = sum(counts) * config.epochs
     seconds = timers.pop()
     stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
     stats["update_tokens"] = tokens
@@ -416,10 +418,12 @@ class _Run:
     """
     config = self.config
     need, size = config.prompts_per_iteration, config.samples_per_prompt
+    own = need // hosts.share(self.mesh).of
     kept, spare, first_equal = [], [], 0.0
     for attempt in range(config.dynamic_sampling + 1):
       with timers.phase("rollout"):
         prompts = rollouts.prompts_of(self.examples, self.draws, need, config.seed)
+        prompts = hosts.own_part(prompts, self.mesh)
         rollout = rollouts.sample(
           self.trainee.merged(),
           prompts,
@@ -435,22 +439,23 @@ class _Run:
         )
       self.draws += 1
       with timers.phase("reward"):
-        judged = rollouts.with_steps_added(reward(rollout, prompts), rollout)
+        judged = rollouts.judge(reward, rollout, prompts, self.mesh)
+        judged = rollouts.with_steps_added(judged, rollout)
       equal_G = _equal_groups(judged, size)
       if attempt == 0:
-        first_equal = float(equal_G.mean())
+        first_equal = float(hosts.together(equal_G, self.mesh).mean())
       for group, equal in enumerate(equal_G):
         (spare if equal else kept).append((rollout, judged, group))
-      if len(kept) >= need:
+      if all(hosts.everyone(len(kept) >= own)):
         break
     groups = kept + spare
     drawn = {"groups/equal": first_equal, "groups/draws": float(attempt + 1)}
     if attempt:
       rollout, judged = rollouts.join_groups(groups, size)
-    seen = rollouts.rollout_metrics(rollout, judged) | drawn
+    seen = rollouts.rollout_metrics(rollout, judged, self.mesh) | drawn
     # Where too few groups differ the rest is filled up: they have no gradient.
     if attempt:
-      rollout, judged = rollouts.join_groups(groups[:need], size)
+      rollout, judged = rollouts.join_groups(groups[:own], size)
     return rollout, judged, seen
 
   def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp):
@@ -465,12 +470,14 @@ class _Run:
       # Of rows that were cut as well: masked or not, they are in the baselines.
       kl_B = np.where(rows.chosen, old_logp - ref_logp, 0.0).sum(1)
       value_B = value_B - config.kl_reward * kl_B
-      stats["kl/sequence"] = float(kl_B.mean())
+      stats["kl/sequence"] = float(hosts.together(kl_B, self.mesh).mean())
+    value_B, judged_B, trained_B = hosts.together(
+      (value_B, judged.judged, mask_BC.any(1)), self.mesh
+    )
     advantage_B, found = group_advantage(
-      value_B, judged.judged, config.samples_per_prompt, config.baseline, config.scale
+      value_B, judged_B, config.samples_per_prompt, config.baseline, config.scale
     )
     advantage_B = np.asarray(advantage_B)
-    trained_B = mask_BC.any(1)
     stats |= {
       f"advantage/{name}": float(total) / max(float(count), 1.0)
       for name, (total, count) in found.items()
@@ -478,6 +485,7 @@ class _Run:
     some_B = advantage_B[trained_B] if trained_B.any() else np.zeros(1)
     stats["advantage/mean"] = float(some_B.mean())
     stats["advantage/std"] = float(some_B.std())
+    advantage_B = hosts.own_part(advantage_B, self.mesh)
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
@@ -492,14 +500,13 @@ class _Run:
 
   def _update(self, index: int, batch: RLBatch, tell) -> dict[str, float]:
     config, means = self.config, Means()
-    mesh = self.trainee.start.model.mesh
     of, done = config.epochs * config.minibatches, 0
-    if not batch.loss_mask.any():
+    if not any(hosts.everyone(bool(batch.loss_mask.any()))):
       log.warning("iteration %d: no row could be judged; nothing is updated", index)
       return {}
     for epoch in range(config.epochs):
       parts = rollouts.minibatches(
-        batch, config.minibatches, config.seed, index, epoch, mesh
+        batch, config.minibatches, config.seed, index, epoch, self.mesh
       )
       for part in parts:
         means.add(self.updater.update(part))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.core import rng
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
 from rlft.core.types import Example, Reward
 from rlft.models import scalar as scalars
@@ -535,6 +535,8 @@ class _Run:
   ) -> dict[str, float]:
     """Rollout, scores and rewards, advantages, updates."""
     config, timers = self.config, PhaseTimers()
+    mesh = self.trainee.start.model.mesh
+    prompts = hosts.own_part(prompts, mesh)
     with timers.phase("rollout"):
       rollout = rollouts.sample(
         self.trainee.merged(),
@@ -555,18 +557,20 @@ class _Run:
       logps = self.updater.start_logps(index, rows)
       value = rollouts.start_values(self.value_model(), rows, config.max_tokens)
     with timers.phase("reward"):
-      judged = reward(rollout, prompts)
-      rollouts.check_reward(judged, rollout)
+      judged = rollouts.judge(reward, rollout, prompts, mesh)
     with timers.phase("score"):
       old_logp, ref_logp, gap = logps()
       value_BC = value()
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BC)
-    stats |= rollouts.rollout_metrics(rollout, judged) | gap
+    stats |= rollouts.rollout_metrics(rollout, judged, mesh) | gap
     with timers.phase("update"):
       updates = self._update(index, batch, tell)
     trained = "ratio_mean" in updates
-    tokens = int(batch.loss_mask.sum()) * config.epochs
+    trained_BC = batch.loss_mask
+    counts = [int(trained_BC.sum()), int(trained_BC.any(1).sum()), len(trained_BC)]
+    tokens, rows_trained, rows_sampled = np.sum(hosts.each_part(counts, mesh), axis=0)
+    tokens = int(tokens) * config.epochs
     stats |= updates
     stats["kl/coef"] = self.kl_coef
     # A policy that stood still (warm-up, no judgement) says nothing of the coefficient.
@@ -577,25 +581,26 @@ class _Run:
           stats["kl/sequence"],
           config.kl_target,
           config.kl_horizon,
-          int(batch.loss_mask.any(1).sum()),  # the rows that the KL is a mean of
+          int(rows_trained),  # the rows that the KL is a mean of
         )
       )
     seconds = timers.pop()
     stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
     stats["update_tokens"] = tokens if trained else 0
-    stats["samples"] = len(rollout.finished)
+    stats["samples"] = int(rows_sampled)
     return stats | seconds
 
   def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp, value_BC):
     """The rows with their advantages, and the numbers that go with them."""
-    config = self.config
+    config, mesh = self.config, self.trainee.start.model.mesh
     columns = rows.columns
     mask_BC = rows.chosen & judged.judged[:, None]
     if config.truncated == "mask":
       mask_BC = mask_BC & rollout.finished[:, None]
     score_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
     if config.scale_rewards:
-      score_B = np.asarray(adv.whiten(score_B, judged.judged, shift_mean=False))
+      both = hosts.together((score_B, judged.judged), mesh)
+      score_B = hosts.own_part(np.asarray(adv.whiten(*both, shift_mean=False)), mesh)
     reward_BC = rollouts.final_rewards(score_B, rows.chosen)
     if judged.step is not None:
       reward_BC = reward_BC + judged.step[:, :columns]
@@ -604,12 +609,15 @@ class _Run:
       after_B = np.take_along_axis(value_BC, rollout.lengths[:, None], axis=1)[:, 0]
       bootstrap_B = np.where(rollout.finished, 0.0, after_B).astype(np.float32)
     value_BC = np.where(rows.chosen, value_BC[:, :columns], np.float32(0))
+    rows_of_all = reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B
+    if hosts.several():
+      rows_of_all = hosts.place_own(rows_of_all, mesh)
     found = estimate_advantages(
-      reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B,
+      *rows_of_all,
       np.float32(self.kl_coef), np.float32(config.gamma), np.float32(config.gae_lambda),
       estimator=config.kl_estimator, whiten=config.whiten_advantages,
     )  # fmt: skip
-    found = {name: np.asarray(x) for name, x in jax.device_get(found).items()}
+    found = {name: hosts.own_rows(x) for name, x in found.items()}
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,
@@ -627,7 +635,7 @@ class _Run:
     config, means, critic = self.config, Means(), Means()
     mesh = self.trainee.start.model.mesh
     of = config.epochs * config.minibatches
-    if not batch.loss_mask.any():
+    if not any(hosts.everyone(bool(batch.loss_mask.any()))):
       log.warning("iteration %d: no row could be judged; nothing is updated", index)
       return {}
     done = 0

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 
-from rlft.core import rng
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.types import Example
@@ -107,7 +107,7 @@ def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
   params = init_params(model.clone(mesh=None), rng.key(config.seed, rng.Purpose.INIT))
   if grid is not None:
     layout = tree_shardings(grid, param_axes(model), param_shapes(model))
-    params = jax.device_put(params, layout)
+    params = hosts.spread(params, layout)
   return Policy(model=model, params=params, tokenizer=tokenizer, config=decoder)
 
 

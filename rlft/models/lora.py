@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from rlft.core.errors import ConfigError
+from rlft.core.hosts import spread
 from rlft.core.mesh import tree_shardings
 from rlft.models.decoder import Decoder, param_axes
 
@@ -106,7 +107,7 @@ def init_lora(model: Decoder, params: dict, config: LoRAConfig, key: jax.Array) 
     _put(lora, path, {"a": a, "b": b})
   if model.mesh is None:
     return lora
-  return jax.device_put(lora, tree_shardings(model.mesh, lora_axes(model, lora), lora))
+  return spread(lora, tree_shardings(model.mesh, lora_axes(model, lora), lora))
 
 
 def lora_axes(model: Decoder, lora: dict) -> dict:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 
 from rlft.core import rng
 from rlft.core.errors import CheckpointError, ConfigError
+from rlft.core.hosts import spread
 from rlft.core.mesh import replicated, tree_shardings
 from rlft.models import decoder as decoders
 from rlft.models import hub, tensorfile
@@ -141,14 +142,14 @@ def place(scalar: ScalarModel, mesh: Mesh | None) -> ScalarModel:
     layout = tree_shardings(
       mesh, decoders.param_axes(model), decoders.param_shapes(model)
     )
-    trunk = jax.device_put(params["trunk"], layout)
+    trunk = spread(params["trunk"], layout)
     params = {"trunk": trunk, "head": _place_head(params["head"], mesh)}
   return dataclasses.replace(scalar, model=model, params=params)
 
 
 def _place_head(head: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:
   head = {name: jnp.asarray(x, jnp.float32) for name, x in head.items()}
-  return head if mesh is None else jax.device_put(head, replicated(mesh))
+  return head if mesh is None else spread(head, replicated(mesh))
 
 
 # ------------------------------------------------------------------------ the values

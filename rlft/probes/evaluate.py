@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
@@ -100,8 +101,13 @@ def evaluate(
     on_progress: called with (prompts done, prompts to do); each counts twice.
 
   Returns:
-    `Evaluation`.
+    `Evaluation`; of several processes each samples and judges a part of the prompts,
+    and all get the whole.
   """
+  mesh, everybody = policy.model.mesh, examples
+  if score is not None and hosts.several():
+    raise ConfigError("reranking runs on one host: evaluate without `score`, or there")
+  examples = hosts.own_part(_evenly(examples, mesh), mesh)
   prompts = encode_prompts(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
   )
@@ -133,8 +139,19 @@ def evaluate(
     scores = score(
       [[*prompts[i // k], *row[mask].tolist()] for i, (row, mask) in enumerate(chosen)]
     )
-  rows = lambda flat: [flat[i * k : (i + 1) * k] for i in range(count)]
   greedy_verdicts = judge_all(judge, greedy.completions, examples)
+  greedy_texts, texts = greedy.completions, drawn.completions
+  seconds = greedy.stats["seconds"] + drawn.stats["seconds"]
+  if hosts.several():
+    said = [greedy_texts, texts, _plain(greedy_verdicts), _plain(verdicts)]
+    parts = hosts.each_part(said, mesh)
+    greedy_texts, texts, greedy_verdicts, verdicts = (
+      [row for part in parts for row in part[i]] for i in range(4)
+    )
+    greedy_verdicts, verdicts = _verdicts(greedy_verdicts), _verdicts(verdicts)
+  examples, count = everybody, len(everybody)
+  rows = lambda flat: [flat[i * k : (i + 1) * k] for i in range(count)]
+  greedy_texts, greedy_verdicts = greedy_texts[:count], greedy_verdicts[:count]
   report = reasoning.report(
     rows(verdicts),
     examples,
@@ -147,10 +164,29 @@ def evaluate(
   return Evaluation(
     report=report,
     examples=list(examples),
-    greedy=greedy.completions,
-    samples=rows(drawn.completions),
+    greedy=greedy_texts,
+    samples=rows(texts),
     greedy_verdicts=greedy_verdicts,
     sample_verdicts=rows(verdicts),
-    seconds=greedy.stats["seconds"] + drawn.stats["seconds"],
+    seconds=seconds,
     sampled_solutions=count * (k + 1),
   )
+
+
+def _evenly(examples: Sequence[Example], mesh: Any) -> list[Example]:
+  """As many as the hosts can share equally; the last one comes again, and is dropped
+  from what is reported."""
+  short = -len(examples) % hosts.share(mesh).of
+  return [*examples, *([examples[-1]] * short)]
+
+
+def _plain(verdicts: Sequence[Verdict]) -> list[list[Any]]:
+  """For JSON."""
+  return [[v.answer, bool(v.correct), v.consistent, v.chain] for v in verdicts]
+
+
+def _verdicts(plain: Sequence[Sequence[Any]]) -> list[Verdict]:
+  return [
+    Verdict(answer, correct, consistent, None if chain is None else tuple(chain))
+    for answer, correct, consistent, chain in plain
+  ]

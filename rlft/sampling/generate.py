@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlft.core import rng
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import ROLLOUT_RULES, batch_shards, tree_shardings
 from rlft.core.types import Rollout
@@ -55,7 +55,8 @@ def rollout_layout(
 
   Parameters are cast once, moved to the rollout layout of the mesh (tensor-parallel or
   copied, so that no token waits for weights to be gathered), and, except on TPU,
-  unstacked: there a slice of stacked layers inside the loop would be a copy.
+  unstacked: there a slice of stacked layers inside the loop would be a copy. Of several
+  processes each gets them on its own devices: a token waits for no other host either.
 
   Args:
     model: the training model.
@@ -74,7 +75,8 @@ def rollout_layout(
     layout = tree_shardings(
       model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
     )
-    params = jax.device_put(params, layout)
+    params = hosts.on_own_devices(jax.device_put(params, layout), model.mesh)
+    target = target.clone(mesh=hosts.share(model.mesh).mesh)
   unstack = model.scan and not scan
   if unstack or leaf.dtype != dtype:
     params = _convert(params, dtype, model.config.layers if unstack else 0)
@@ -138,6 +140,9 @@ def generate(
   Noise is addressed by `(seed, purpose, step, prompt_id, sample, t)`: the same call
   gives the same tokens however many devices or rows there are, and another `step`
   gives new ones.
+
+  Of several processes each gives prompts of its own and gets their completions; all
+  must call, for the weights move between them, but none waits for another's tokens.
 
   Args:
     policy: the model.
@@ -226,7 +231,7 @@ def generate(
   wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
   capacity = min(capacity, config.max_positions)
   queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
-  shards = batch_shards(model.mesh)
+  shards = batch_shards(rollout_model.mesh)
   slots = min(bucket(count, 1), max(1, max_rows // samples))
   slots = -(-slots // shards) * shards
   group = max(1, min(slots // 4, PREFILL_TOKENS // wide))

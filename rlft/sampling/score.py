@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.mesh import batch_shards, sharding
+from rlft.core.mesh import batch_shards
 from rlft.models.decoder import Decoder, DecoderConfig, positions_from_mask
 from rlft.models.heads import lm_logp
 from rlft.sampling.buckets import bucket
@@ -254,24 +255,25 @@ def in_blocks(
   Args:
     run: jitted; (tokens [R, W], mask [R, W]) -> an array of R rows.
     mesh: where the rows are sharded.
-    tokens, mask: [B, T], see `check_rows`; neither B nor T is 0.
+    tokens, mask: [B, T], see `check_rows`; neither B nor T is 0. Of several processes
+      each gives rows of its own, and all of them must call.
     max_tokens: about how many tokens a block holds.
 
   Returns:
     The results of the B rows; a time axis is as wide as the bucket.
   """
   rows, length = tokens.shape
-  wide = bucket(length)
-  shards = batch_shards(mesh)
-  step = min(bucket(rows, 1), max(1, max_tokens // wide))
+  most, longest = np.max(hosts.everyone([rows, length]), axis=0).tolist()
+  of = hosts.share(mesh).of
+  wide = bucket(longest)
+  shards = batch_shards(mesh) // of
+  step = min(bucket(most, 1), max(1, max_tokens // of // wide))
   step = -(-step // shards) * shards
-  padded = -(-rows // step) * step
+  padded = -(-most // step) * step
   grow = ((0, padded - rows), (0, wide - length))
   tokens, mask = np.pad(tokens, grow), np.pad(mask, grow)
   out = []
   for start in range(0, padded, step):
     part = tokens[start : start + step], mask[start : start + step]
-    if mesh is not None:
-      part = jax.device_put(part, sharding(mesh, ("batch", None), part[0].shape))
-    out.append(run(*part))
-  return np.concatenate([np.asarray(x) for x in out])[:rows]
+    out.append(hosts.paced(run(*hosts.place_own(part, mesh))))
+  return np.concatenate([hosts.own_rows(x) for x in out])[:rows]

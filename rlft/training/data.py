@@ -18,8 +18,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.mesh import sharding
 from rlft.sampling.buckets import bucket
 
 log = logging.getLogger(__name__)
@@ -231,13 +231,17 @@ def batches(
   rows of shorter ones, so only the last batch can have rows of padding.
 
   Yields:
-    `TrainBatch` of [batch_size, bucket], on the mesh when there is one.
+    `TrainBatch` of [batch_size, bucket], on the mesh when there is one. Of several
+    processes each makes its own rows alone.
   """
   lengths = [len(row.tokens) for row in rows]
+  padded = TokenRow((), ())
   for length, members in grouped(
     lengths, batch_size=batch_size, seed=seed, epoch=epoch
   ):
-    yield place(collate([rows[i] for i in members], batch_size, length), mesh)
+    whole = [rows[i] for i in members] + [padded] * (batch_size - len(members))
+    own = hosts.own_part(whole, mesh)
+    yield hosts.place_own(collate(own, len(own), length), mesh)
 
 
 def grouped(
@@ -262,10 +266,10 @@ def grouped(
 
 
 def place(batch: Any, mesh: Mesh | None) -> Any:
-  """Puts a batch's arrays on the mesh, rows over its batch axes."""
-  if mesh is None:
-    return batch
-  put = lambda x: jax.device_put(
-    x, sharding(mesh, ("batch",) + (None,) * (x.ndim - 1), x.shape)
-  )
-  return jax.tree.map(put, batch)
+  """Puts a batch's arrays on the mesh, rows over its batch axes.
+
+  Of several processes each has the whole batch, and puts its own rows there.
+  """
+  if hosts.several():
+    batch = jax.tree.map(lambda x: hosts.own_part(x, mesh), batch)
+  return hosts.place_own(batch, mesh)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlft.core.errors import DivergenceError
+from rlft.core.hosts import everyone
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,11 @@ MULT_PROB_ERROR = 1.05
 
 
 def check_reference(old_logp_BC, ref_logp_BC, mask_BC, dtype: str) -> None:
-  """Raises `DivergenceError` where a policy is not the reference it starts from."""
+  """Raises `DivergenceError` where a policy is not the reference it starts from, in
+  rows of any process.
+  """
   apart = np.abs(np.where(mask_BC, old_logp_BC - ref_logp_BC, 0.0)).max(initial=0.0)
+  apart = np.max(everyone(float(apart)))
   if not apart <= TOLERANCE[dtype]:
     raise DivergenceError(
       f"before the first update the policy's log-probabilities are {apart:.2g} nats "
@@ -74,10 +78,13 @@ def mismatch(sampler_BC, trainer_BC, mask_BC) -> dict[str, float]:
   Returns:
     "mismatch/max", the largest |d|, and "mismatch/token_mult_prob_error", the mean of
     exp|d|: 1 when they agree. Above 1.05 the ratios of an update are biased, and a
-    warning says so.
+    warning says so. Both are of the rows of all processes.
   """
   d = np.abs(sampler_BC - trainer_BC)[mask_BC]
-  error = float(np.exp(np.minimum(d, 20.0)).mean()) if d.size else 1.0
+  most, total, count = float(d.max(initial=0.0)), np.exp(np.minimum(d, 20.0)), d.size
+  said = np.array(everyone([most, float(total.sum(dtype=np.float64)), count]))
+  most, total, count = said[:, 0].max(), said[:, 1].sum(), said[:, 2].sum()
+  error = float(total / count) if count else 1.0
   if error > MULT_PROB_ERROR:
     log.warning(
       "sampler and trainer disagree: token_mult_prob_error is %.3f. Use "
@@ -85,6 +92,6 @@ def mismatch(sampler_BC, trainer_BC, mask_BC) -> dict[str, float]:
       error,
     )
   return {
-    "mismatch/max": float(d.max(initial=0.0)),
+    "mismatch/max": float(most),
     "mismatch/token_mult_prob_error": error,
   }

@@ -7,7 +7,8 @@ T = P + C.
   minibatches
 
 Everything per token is [B, C], the completion's columns only: neither heads nor losses
-see the prompt.
+see the prompt. Of several processes each samples, judges and holds rows of its own;
+host arrays have those alone, and what is put on the mesh joins them.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.mesh import batch_shards
+from rlft.core.mesh import batch_shards, constrain
 from rlft.core.rng import Purpose
 from rlft.core.types import Example, Reward, Rollout
 from rlft.models.hub import Policy
@@ -175,12 +178,15 @@ def region(rollout: Rollout) -> Region:
   """Rows moved to the left, in the buckets of the longest row and completion.
 
   Sampling pads prompts on the left and completions on the right, each to its own
-  longest; a row has less than half of both on most tasks.
+  longest; a row has less than half of both on most tasks. The shape is the same on all
+  processes.
   """
   at, total = prompt_columns(rollout), rollout.tokens.shape[1]
-  columns = min(bucket(int(rollout.lengths.max())), total - at)
   longest = int((rollout.prompt_lengths + rollout.lengths).max())
-  width = min(bucket(longest), at + columns)
+  sizes = [int(rollout.lengths.max()), longest, at, total - at]
+  most, longest, widest, room = np.max(hosts.everyone(sizes), axis=0).tolist()
+  columns = min(bucket(most), room)
+  width = min(bucket(longest), widest + columns)
   shift_B1 = (at - rollout.prompt_lengths)[:, None]
   index_BT = np.minimum(np.arange(width) + shift_B1, total - 1)
   mask_BT = np.take_along_axis(rollout.mask, index_BT, axis=1)
@@ -194,6 +200,16 @@ def region(rollout: Rollout) -> Region:
     logp=rollout.raw_logp[:, at : at + columns],
     columns=columns,
   )
+
+
+def judge(
+  reward: RewardOf, rollout: Rollout, prompts: Sequence[Example], mesh: Mesh | None
+) -> Reward:
+  """The checked reward of a rollout, the same on all hosts that hold its rows."""
+  judged = reward(rollout, prompts)
+  check_reward(judged, rollout)
+  value, known, step = hosts.as_lead((judged.value, judged.judged, judged.step), mesh)
+  return dataclasses.replace(judged, value=value, judged=known, step=step)
 
 
 def final_rewards(value_B: np.ndarray, chosen_BC: np.ndarray) -> np.ndarray:
@@ -325,7 +341,9 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
   """Runs a program on blocks of rows of one size, so that it is compiled once."""
   count, width = rows.tokens.shape
   shards = batch_shards(mesh)
-  size = min(count, max(1, max_tokens // width))
+  of = hosts.share(mesh).of
+  shards //= of
+  size = min(count, max(1, max_tokens // of // width))
   blocks = -(-count // size)
   size = -(-count // blocks)  # even blocks: less padding in the last one
   size = -(-size // shards) * shards
@@ -336,8 +354,8 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
     if short:
       grow = lambda x, short=short: ((0, short),) + ((0, 0),) * (x.ndim - 1)
       block = [np.pad(x, grow(x), mode="edge") for x in block]
-    out.append(run(*place(tuple(block), mesh)))
-  return lambda: np.concatenate([np.asarray(x) for x in out])[:count]
+    out.append(hosts.paced(run(*hosts.place_own(tuple(block), mesh))))
+  return lambda: np.concatenate([hosts.own_rows(x) for x in out])[:count]
 
 
 # ------------------------------------------------------------------------ updates
@@ -350,15 +368,28 @@ def minibatches(
 
   A part without a token in the loss is left out: an update on nothing would still move
   the weights by the optimiser's momentum, and count in every mean.
+
+  Of several processes each gives its own rows; a part takes rows of all of them, the
+  ones that it would take of one process.
   """
-  rows = batch.tokens.shape[0]
+  trains_B = hosts.together(batch.loss_mask.any(1), mesh)
+  take = lambda part: place(jax.tree.map(lambda x: x[part], batch), mesh)
+  if hosts.several():
+    whole = hosts.place_own(batch, mesh)
+    take = lambda part: hosts.paced(_take_rows(whole, part, mesh))
   order = np.random.default_rng([seed, Purpose.SHUFFLE, iteration, epoch]).permutation(
-    rows
+    len(trains_B)
   )
   for part in np.split(order, count):
-    if not batch.loss_mask[part].any():
-      continue
-    yield place(jax.tree.map(lambda x, part=part: x[part], batch), mesh)
+    if trains_B[part].any():
+      yield take(part)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take_rows(batch: RLBatch, rows, mesh) -> RLBatch:
+  """Rows by their numbers, spread over the mesh anew."""
+  take = lambda x: constrain(x[rows], mesh, ("batch",) + (None,) * (x.ndim - 1))
+  return jax.tree.map(take, batch)
 
 
 def check_rows(
@@ -372,6 +403,12 @@ def check_rows(
       f"prompts_per_iteration x samples_per_prompt = {prompts} x {samples} = {rows} "
       f"rows must be a multiple of minibatches x micro_batches x batch shards = "
       f"{minibatch_count} x {micro_batches} x {shards} = {need}"
+    )
+  of = hosts.share(mesh).of
+  if prompts % of:
+    raise ConfigError(
+      f"prompts_per_iteration={prompts} cannot be shared equally by the {of} parts of "
+      f"the hosts: use a multiple of {of}"
     )
 
 
@@ -411,33 +448,43 @@ def check_reward(reward: Reward, rollout: Rollout) -> None:
     )
 
 
-def rollout_metrics(rollout: Rollout, reward: Reward) -> dict[str, float]:
+def rollout_metrics(
+  rollout: Rollout, reward: Reward, mesh: Mesh | None = None
+) -> dict[str, float]:
   """What people look at in a rollout; every mean is over what it is a mean of, and NaN
-  where that is nothing.
+  where that is nothing. Of several processes, over the rows of all.
   """
-  judged = reward.judged
-  values = reward.value[judged]
+  own = {"value": reward.value, "judged": reward.judged, "each": dict(reward.each)}
+  own |= {"lengths": rollout.lengths, "finished": rollout.finished}
+  rows = hosts.together(own, mesh)
+  values, lengths = rows["value"][rows["judged"]], rows["lengths"]
   out = {
     "reward/mean": float(values.mean()) if values.size else np.nan,
     "reward/std": float(values.std()) if values.size else np.nan,
-    "reward/judged": float(judged.mean()),
+    "reward/judged": float(rows["judged"].mean()),
   }
-  for name, each in reward.each.items():
+  for name, each in rows["each"].items():
     known = each[~np.isnan(each)]
     out[f"reward/{name}/mean"] = float(known.mean()) if known.size else np.nan
     out[f"reward/{name}/std"] = float(known.std()) if known.size else np.nan
-  out |= {f"reward/{name}": float(x) for name, x in reward.counts.items()}
-  texts = rollout.completions
-  keys = list(zip(rollout.prompt_ids.tolist(), texts))
-  out |= {
-    "completion/length_mean": float(rollout.lengths.mean()),
-    "completion/length_max": float(rollout.lengths.max()),
-    "completion/truncated": float(1 - rollout.finished.mean()),
-    "completion/ended": float(rollout.finished.mean()),
-    "completion/unique": len(set(keys)) / len(keys),
-    "rollout/tokens_per_second": rollout.stats["tokens_per_second"],
+  unique = len(set(zip(rollout.prompt_ids.tolist(), rollout.completions)))
+  counts = dict(reward.counts) | {
+    "unique": unique,
+    "tokens_per_second": rollout.stats["tokens_per_second"],
   }
-  return out
+  parts = hosts.each_part(counts, mesh)
+  names = dict.fromkeys(name for part in parts for name in part)
+  counts = {name: sum(float(part.get(name, 0)) for part in parts) for name in names}
+  unique, speed = counts.pop("unique"), counts.pop("tokens_per_second")
+  out |= {f"reward/{name}": x for name, x in counts.items()}
+  return out | {
+    "completion/length_mean": float(lengths.mean()),
+    "completion/length_max": float(lengths.max()),
+    "completion/truncated": float(1 - rows["finished"].mean()),
+    "completion/ended": float(rows["finished"].mean()),
+    "completion/unique": unique / len(lengths),
+    "rollout/tokens_per_second": speed,
+  }
 
 
 class Means:

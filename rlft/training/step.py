@@ -16,6 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards, constrain
 from rlft.training.optimizer import (
@@ -75,7 +76,7 @@ def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState
     # Counters lie on the whole mesh from the start, as they do after an update: another
     # layout would be another compilation.
     whole = NamedSharding(home.mesh, PartitionSpec())
-    state = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), state)
+    state = jax.tree.map(lambda x: x if x.ndim else hosts.spread(x, whole), state)
   return state
 
 
@@ -166,7 +167,16 @@ def make_step(
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.horizon), metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  step = jax.jit(train_step, donate_argnums=0)
+  if not hosts.several():
+    return step
+
+  def paced_step(state, batch, *frozen):
+    state, metrics = step(state, batch, *frozen)
+    hosts.paced(metrics)
+    return state, metrics
+
+  return paced_step
 
 
 def _is_max(name: str) -> bool:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rlft.core.errors import CheckpointError
-from rlft.core.hosts import everyone
+from rlft.core.hosts import everyone, spread
 from rlft.training.manifest import compare, few, one_line, parallel
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def read_arrays(
     log.warning("%s: %d pieces could not be verified", path, len(missed))
   for name in want.keys() - some.keys():
     empty, home = np.zeros(want[name].shape, want[name].dtype), want[name].sharding
-    found[name] = empty if home is None else jax.device_put(empty, home)
+    found[name] = empty if home is None else spread(empty, home)
   return {name: found[name] for name in want}
 
 
