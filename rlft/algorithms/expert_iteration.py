@@ -24,9 +24,10 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from rlft.algorithms import sft
@@ -38,6 +39,7 @@ from rlft.rewards.contract import call_reward
 from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
+from rlft.training.saving import Saving
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +249,7 @@ def run(
   reward: Callable[..., Sequence[float | None]] | None = None,
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  saving: Saving | None = None,
 ) -> EIResult:
   """Runs Expert Iteration.
 
@@ -261,7 +264,10 @@ def run(
     reward: a reward function (see `rewards.contract`); by default 1 for what
       `config.accept` accepts, else 0.
     dev_score: of a policy, larger is better; chooses the round that is returned.
-    on_event: called with ("sample" | "train" | "round", values) for progress.
+    on_event: called with ("sample" | "train" | "round", values) for progress, and with
+      ("resume", values) where a run goes on.
+    saving: saves the run after the sampling of round i (step 2 i - 1) and after its
+      training (step 2 i), whatever its `every`; and goes on with what it has saved.
 
   Returns:
     `EIResult`.
@@ -270,6 +276,8 @@ def run(
     ConfigError, DataError: before any device work; and `DataError` when the first round
       accepts nothing and there are no SFT rows to train on.
     RewardError: a reward function or the judge raised, or gave what is no number.
+    StoppedError: `saving` was asked to stop: when what is under way is sampled, or at
+      the next update, of a training that will be made again.
   """
   if not examples:
     raise DataError("no training prompts")
@@ -283,82 +291,173 @@ def run(
   began = time.perf_counter()
   tell = on_event or (lambda kind, values: None)
   rows = list(sft_rows) if config.mix_sft else []
-  starts = {"base": base, "sft": policy}
+  trained = base if config.start == "base" else policy  # what every round's result is
   prompt_of = {e.id: e.prompt for e in examples}
+  progress, current, best = _Progress(), policy, policy
 
-  best, best_score, since = policy, None, 0
-  if dev_score is not None:
-    best_score = dev_score(policy)
-  current, solutions, rounds = policy, [], []
-  sampled = update_tokens = 0
-  for index in range(1, config.rounds + 1):
-    rollout = _sample(current, examples, config, index, tell)
-    sampled += len(rollout.completions)
-    verdicts = judge_all(judge, rollout.completions, examples)
-    if reward is None:
-      rewards = [verdict_reward(v, config.accept) for v in verdicts]
-    else:
-      rewards = call_reward(reward, rollout, examples)
-    found = collect(
-      rollout, verdicts, rewards, config.threshold, index, current.eos_ids
-    )
-    solutions = dedupe([*solutions, *found], config.dedupe)
-    kept = cap(solutions, config.max_per_prompt)
-    stats = _round_stats(index, rollout, verdicts, rewards, found, kept)
-    if not found:
-      message = (
-        f"round {index}: none of {len(verdicts)} samples was accepted (answers found: "
-        f"{stats['answered']:.1%}, correct: {stats['correct']:.1%}, cut by the length "
-        f"limit: {stats['truncated']:.1%})"
-      )
-      if not kept and not rows:
-        raise DataError(
-          f"{message}, and there are no SFT rows: nothing to train on. Use a few_shot "
-          "prompt or SFT so that answers parse, more samples_per_prompt, or easier "
-          "prompts; where most are cut, a longer max_new_tokens or a stop string"
-        )
-      log.warning("%s; training goes on with what there was", message)
-    if rounds and stats["lucky_of_kept"] > rounds[-1]["lucky_of_kept"]:
-      log.warning(
-        "round %d: the lucky share of the training set grew from %.1f%% to %.1f%%",
-        index,
-        100 * rounds[-1]["lucky_of_kept"],
-        100 * stats["lucky_of_kept"],
-      )
+  def arrays() -> dict[str, Any]:
+    """Their shapes and types never change: where there is no result of a round yet (the
+    policy given may be another architecture, in bfloat16) the weights are fillers."""
+    out = {"current": (current if progress.rounds else trained).params}
+    if dev_score is not None:
+      out["best"] = (best if progress.best_round else trained).params
+    return jax.tree.map(lambda x: x.astype(np.float32), out)
 
-    start = current if config.start == "previous" else starts[config.start]
+  def save(step: int, done: str) -> None:
+    if saving is None:
+      return
+    stop = saving.asked_to_stop()
+    progress.seconds = earlier + time.perf_counter() - began
+    saving.checkpoints.save(step, arrays(), dataclasses.asdict(progress))
+    if stop and not progress.over(config):
+      saving.end(done)
+
+  found = saving.restore(arrays()) if saving is not None else None
+  if found is not None:
+    progress = _Progress.of(found.meta)
+    if progress.rounds:
+      current = dataclasses.replace(trained, params=found.arrays["current"])
+    if dev_score is None:
+      best = current
+    elif progress.best_round:
+      best = dataclasses.replace(trained, params=found.arrays["best"])
+    counts = {"updates": progress.total("updates"), "rounds": len(progress.rounds)}
+    tell("resume", counts | {"sampled_solutions": progress.total("samples")})
+  elif dev_score is not None:
+    progress.best_score = dev_score(policy)
+  earlier = progress.seconds
+  while not progress.over(config):
+    index = len(progress.rounds) + 1
+    name = f"round {index} of {config.rounds}"
+    if progress.half is None:
+      rollout = _sample(current, examples, config, index, tell)
+      verdicts = judge_all(judge, rollout.completions, examples)
+      if reward is None:
+        rewards = [verdict_reward(v, config.accept) for v in verdicts]
+      else:
+        rewards = call_reward(reward, rollout, examples)
+      accepted = collect(
+        rollout, verdicts, rewards, config.threshold, index, current.eos_ids
+      )
+      progress.solutions = dedupe([*progress.solutions, *accepted], config.dedupe)
+      kept = cap(progress.solutions, config.max_per_prompt)
+      progress.half = _round_stats(index, rollout, verdicts, rewards, accepted, kept)
+      _warn(progress, bool(rows))
+      save(2 * index - 1, f"sampling {name}")
+    kept = cap(progress.solutions, config.max_per_prompt)
+    start = {"base": base, "sft": policy, "previous": current}[config.start]
     data = rows + [(prompt_of[s.prompt_id], _target(s, start)) for s in kept]
-    result = sft.train(
-      start,
-      data,
-      dataclasses.replace(config.train, seed=config.seed),
-      lambda step, of, metrics: tell("train", {"step": step, "of": of, **metrics}),
-    )
+    result = _train(start, data, config, tell, saving, f"sampling {name}")
     current = result.policy
-    update_tokens += result.update_tokens
-    stats.update(
-      train_rows=len(data),
-      train_loss=result.losses[-1],
-      update_tokens=result.update_tokens,
-      updates=result.steps,
-      train_seconds=result.seconds,
-      sampled_solutions=sampled,
-    )
+    stats = progress.half | {
+      "train_rows": len(data),
+      "train_loss": result.losses[-1],
+      "update_tokens": result.update_tokens,
+      "updates": result.steps,
+      "train_seconds": result.seconds,
+      "sampled_solutions": progress.total("samples") + progress.half["samples"],
+    }
     if dev_score is None:
       best = current
     else:
       stats["dev"] = score = dev_score(current)
-      if score > best_score:
-        best, best_score, since = current, score, 0
-      else:
-        since += 1
-    rounds.append(stats)
+      if score > progress.best_score:
+        best, progress.best_score, progress.best_round = current, score, index
+    progress.rounds.append(stats)
+    progress.half = None
     tell("round", stats)
-    if config.patience and since >= config.patience:
-      log.info("round %d: the dev score did not rise for %d rounds", index, since)
-      break
-  seconds = time.perf_counter() - began
-  return EIResult(best, rounds, kept, sampled, update_tokens, seconds)
+    save(2 * index, name)
+  if saving is not None:
+    saving.checkpoints.wait()
+  return EIResult(
+    policy=best,
+    rounds=progress.rounds,
+    solutions=cap(progress.solutions, config.max_per_prompt),
+    sampled_solutions=progress.total("samples"),
+    update_tokens=progress.total("update_tokens"),
+    seconds=earlier + time.perf_counter() - began,
+  )
+
+
+@dataclasses.dataclass
+class _Progress:
+  """What a run has done; saved with its weights.
+
+  Attributes:
+    solutions: the data set, not capped.
+    rounds: statistics of the rounds that are done.
+    half: those of a round that is sampled and judged, and not trained yet.
+    best_score, best_round: by dev score; round 0 is the start.
+    seconds: wall clock.
+  """
+
+  solutions: list[Solution] = dataclasses.field(default_factory=list)
+  rounds: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  half: dict[str, Any] | None = None
+  best_score: float | None = None
+  best_round: int = 0
+  seconds: float = 0.0
+
+  @classmethod
+  def of(cls, meta: Mapping[str, Any]) -> _Progress:
+    """From JSON, which has no tuples."""
+    progress = cls(**meta)
+    progress.solutions = [
+      Solution(**one | {"chain": _tuple(one["chain"]), "tokens": _tuple(one["tokens"])})
+      for one in progress.solutions
+    ]
+    return progress
+
+  def total(self, name: str) -> int:
+    """Of all rounds that are done."""
+    return sum(one[name] for one in self.rounds)
+
+  def over(self, config: EIConfig) -> bool:
+    done = len(self.rounds)
+    tired = bool(config.patience) and done - self.best_round >= config.patience
+    return done >= config.rounds or (self.best_score is not None and tired)
+
+
+def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+  return None if values is None else tuple(values)
+
+
+def _warn(progress: _Progress, has_rows: bool) -> None:
+  """Of a round that accepted nothing, or whose data set is luckier than before."""
+  stats = progress.half
+  index, rounds = stats["round"], progress.rounds
+  if not stats["accepted"]:
+    message = (
+      f"round {index}: none of {stats['samples']} samples was accepted (answers found: "
+      f"{stats['answered']:.1%}, correct: {stats['correct']:.1%}, cut by the length "
+      f"limit: {stats['truncated']:.1%})"
+    )
+    if not stats["kept"] and not has_rows:
+      raise DataError(
+        f"{message}, and there are no SFT rows: nothing to train on. Use a few_shot "
+        "prompt or SFT so that answers parse, more samples_per_prompt, or easier "
+        "prompts; where most are cut, a longer max_new_tokens or a stop string"
+      )
+    log.warning("%s; training goes on with what there was", message)
+  if rounds and stats["lucky_of_kept"] > rounds[-1]["lucky_of_kept"]:
+    log.warning(
+      "round %d: the lucky share of the training set grew from %.1f%% to %.1f%%",
+      index,
+      100 * rounds[-1]["lucky_of_kept"],
+      100 * stats["lucky_of_kept"],
+    )
+
+
+def _train(start, data, config: EIConfig, tell, saving, saved: str) -> sft.SFTResult:
+  """A round's training; what it is made of is saved, so a stop need not wait for it."""
+
+  def on_step(step: int, of: int, metrics: dict[str, float]) -> None:
+    tell("train", {"step": step, "of": of, **metrics})
+    if saving is not None and step < of and saving.asked_to_stop():
+      saving.end(saved)
+
+  config = dataclasses.replace(config.train, seed=config.seed)
+  return sft.train(start, data, config, on_step)
 
 
 def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:

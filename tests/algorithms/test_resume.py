@@ -7,13 +7,15 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlft.algorithms import dpo, grpo, ppo, reward_model, sft
+from rlft.algorithms import expert_iteration as ei
 from rlft.core.errors import CheckpointError, StoppedError
 from rlft.core.mesh import make_mesh, tree_shardings
-from rlft.core.types import Example, Reward
+from rlft.core.types import Example, Reward, Verdict
 from rlft.models.decoder import param_axes, param_shapes
 from rlft.models.lora import LoRAConfig
 from rlft.tasks.preferences import Preference
@@ -70,11 +72,11 @@ def assert_equal(due, found):
   jax.tree.map(np.testing.assert_array_equal, due, found)
 
 
-def untimed(result):
-  timed = ("time/", "tokens_per_second")
+def untimed(lines):
+  timed = ("time/", "seconds", "tokens_per_second")
   return [
     {k: x for k, x in one.items() if not any(word in k for word in timed)}
-    for one in result.iterations
+    for one in lines
   ]
 
 
@@ -95,7 +97,7 @@ def test_going_on_is_bit_exact(name, tiny, tmp_path):
   with Checkpointer(tmp_path) as checkpoints:
     resumed = go(name, tiny, Saving(checkpoints, on_restore=seen.append))
   assert [found.step for found in seen] == [3]
-  assert untimed(resumed) == untimed(straight)
+  assert untimed(resumed.iterations) == untimed(straight.iterations)
   assert resumed.history == straight.history
   assert len({score for _, score in straight.history}) > 1
   assert resumed.sampled_solutions == straight.sampled_solutions
@@ -109,7 +111,8 @@ def test_a_finished_run_gives_its_result_again(tiny, tmp_path):
     assert checkpoints.steps() == [4, 5]  # every second, and the last
   with Checkpointer(tmp_path) as checkpoints:
     again = go("dapo", tiny, Saving(checkpoints))
-  assert untimed(again) == untimed(first) and again.history == first.history
+  assert untimed(again.iterations) == untimed(first.iterations)
+  assert again.history == first.history
 
 
 def test_a_run_with_other_models_is_refused(tiny, tmp_path):
@@ -261,3 +264,117 @@ def test_a_run_goes_on_on_another_mesh(tiny, tmp_path):
     np.testing.assert_allclose(resumed.losses, straight.losses, rtol=1e-5)
     mesh = jax.tree.leaves(resumed.policy.params)[0].sharding.mesh
     assert mesh == other.model.mesh
+
+
+# ---------------------------------------------------------------- Expert Iteration
+
+EI = ei.EIConfig(
+  train=sft.SFTConfig(**COMMON), rounds=3, samples_per_prompt=4, max_new_tokens=4
+)
+EI_RUNS = {
+  "base": EI,  # with a dev score
+  "previous": dataclasses.replace(EI, start="previous", max_per_prompt=2),
+}
+
+
+def second_is_best():
+  """A dev score of the start and of three rounds, by the order they are first seen in;
+  other weights than those have none."""
+  seen = []
+
+  def score(policy):
+    weights = [float(x.sum()) for x in jax.tree.leaves(policy.params)]
+    if weights not in seen:
+      seen.append(weights)
+    return (0, 1, 3, 2)[seen.index(weights)]
+
+  return score
+
+
+def judge(text, example):
+  return Verdict(text, "a" in text, None, tuple(text) or None)
+
+
+def expert(name, tiny, **how):
+  """Starts from a policy in bfloat16; rounds train its weights or a base in float32."""
+  low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params)
+  policy = dataclasses.replace(tiny, params=low)
+  how |= {"base": tiny, "sft_rows": TEXTS[:3]}
+  return ei.run(policy, PROMPTS, judge, EI_RUNS[name], **how)
+
+
+def assert_same_run(due, found):
+  assert untimed(found.rounds) == untimed(due.rounds)
+  assert found.solutions == due.solutions
+  assert found.sampled_solutions == due.sampled_solutions
+  assert found.update_tokens == due.update_tokens
+  assert_equal(due.policy.params, found.policy.params)
+
+
+@pytest.mark.parametrize(
+  "name", ["base", pytest.param("previous", marks=pytest.mark.slow)]
+)
+def test_expert_iteration_goes_on_bit_for_bit(name, tiny, tmp_path):
+  """Stopped and killed in each phase; what a round has sampled is never lost."""
+  score = second_is_best() if name == "base" else None
+  straight = expert(name, tiny, dev_score=score)
+  assert len(straight.rounds) == 3 and straight.solutions
+  events, resumed = [], []
+
+  def heard(kind, values):
+    events.append(kind)
+    if kind == "resume":
+      resumed.append((values["rounds"], values["updates"], values["sampled_solutions"]))
+
+  def run(stop=lambda: False, on_event=heard):
+    events.clear()
+    with Checkpointer(tmp_path) as checkpoints:
+      how = {"on_event": on_event, "saving": Saving(checkpoints, stop=stop)}
+      return expert(name, tiny, dev_score=score, **how), checkpoints.steps()
+
+  def killed(kind, values):
+    heard(kind, values)
+    if events.count("train") == 2 or events.count("sample") > 5:
+      raise RuntimeError("power")
+
+  of = [one["updates"] for one in straight.rounds]
+  for phase, message in (
+    ("sample", "after sampling round 1 of 3"),
+    ("train", "after sampling round 1 of 3"),
+    ("round", "after round 1 of 3"),
+  ):
+    with pytest.raises(StoppedError, match=message):
+      run(lambda phase=phase: events[-1] == phase)
+  with pytest.raises(RuntimeError, match="power"):
+    run(on_event=killed)
+  assert "sample" in events
+  with pytest.raises(StoppedError, match="after round 2 of 3"):
+    run(lambda: events[-1] == "round")
+  assert "sample" not in events  # round 2 was sampled before the power went
+  found, steps = run()
+  assert steps == [5, 6]
+  assert resumed == [
+    *[(0, 0, 0)] * 2, *[(1, of[0], 24)] * 2, (2, sum(of[:2]), 48)
+  ]  # fmt: skip
+  assert_same_run(straight, found)
+  again, _ = run()
+  assert events == ["resume"]
+  assert_same_run(straight, again)
+
+
+def test_the_start_can_be_what_is_kept(tiny, tmp_path):
+  """Patience has ended the run: it does not go on, and its result is the start."""
+  config = dataclasses.replace(EI, patience=1)
+  scores = iter([1.0, 0.0])
+  for _ in range(2):
+    with Checkpointer(tmp_path) as checkpoints:
+      found = ei.run(
+        tiny,
+        PROMPTS,
+        judge,
+        config,
+        dev_score=lambda policy: next(scores),
+        saving=Saving(checkpoints),
+      )
+    assert len(found.rounds) == 1
+    assert_equal(found.policy.params, tiny.params)
