@@ -1,4 +1,4 @@
-"""Models, states and batches as abstract shapes: `jax.ShapeDtypeStruct`s with shardings.
+"""Models, states and batches as abstract shapes: `ShapeDtypeStruct`s with shardings.
 
 They lie where a run's arrays lie; nothing is allocated.
 
@@ -162,9 +162,7 @@ class Shapes:
     )
     lead = (None,) if model.scan else ()
     axes = (*lead, "batch", "act_heads", None, None)
-    kv = lambda x: Shape(
-      x.shape, x.dtype, sharding=sharding(self.mesh, axes, x.shape)
-    )
+    kv = lambda x: Shape(x.shape, x.dtype, sharding=sharding(self.mesh, axes, x.shape))
     row = lambda x: self.rows(*x.shape, dtype=x.dtype) if x.ndim else self.whole(x)
     names = ("prompt_k", "prompt_v", "k", "v")
     keys = {name: jax.tree.map(kv, getattr(state.cache, name)) for name in names}

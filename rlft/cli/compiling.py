@@ -21,7 +21,7 @@ from rlft.cli import planning
 from rlft.cli.abstract import grid
 from rlft.cli.estimates import CHIPS, GIB, Chip, roofline
 from rlft.cli.planning import Program
-from rlft.core import hlo
+from rlft.core import costs
 from rlft.core.errors import ConfigError
 
 OnProgram = Callable[[str, float, bool], None]  # name, seconds, from the cache
@@ -149,7 +149,7 @@ def target(topology: str, slices: int = 1) -> Target:
   Raises:
     ConfigError: no such topology, no libtpu, or another process holds it.
   """
-  name, colon, shape = topology.partition(":")
+  name, _, shape = topology.partition(":")
   if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
     raise ConfigError(
       f"--topology={topology!r}: give a chip of {tuple(CHIPS)} and the shape of a "
@@ -174,9 +174,7 @@ def target(topology: str, slices: int = 1) -> Target:
   # A dimension that is written too often or too seldom is a mistake, not a wish.
   more = {"num_slices": slices} if slices > 1 else {}
   try:
-    found = topologies.get_topology_desc(
-      platform="tpu", topology_name=topology, **more
-    )
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
   except Exception as error:
     text = str(error)
     if "lockfile" in text or "already in use" in text or "in use by" in text:
@@ -257,7 +255,7 @@ def _measure(
     hlo_dir.mkdir(parents=True, exist_ok=True)
     file = hlo_dir / f"{program.name.replace(' ', '_')}.txt"
     file.write_text(found["text"])
-  cost = hlo.count(found["text"], dict(mesh.shape))
+  cost = costs.count(found["text"], dict(mesh.shape))
   total = cost.total(program.turns)
   bounds = roofline(target.chip, total, dict(mesh.shape), target.slices)
   turn = None

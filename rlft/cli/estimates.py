@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from rlft.core.hlo import Cost
+from rlft.core.costs import Cost
 from rlft.models.decoder import DecoderConfig
 
 GIB = 2.0**30
@@ -58,8 +58,8 @@ class Chip:
     dcn_bytes: a second and chip between slices.
 
   Source: the tables of Google's pages on the three chips
-  (https://docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e). They name the bandwidth
-  of links in both directions; a chip sends half of it.
+  (https://docs.cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e). They name the
+  bandwidth of links in both directions; a chip sends half of it.
   """
 
   name: str

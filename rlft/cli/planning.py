@@ -72,11 +72,18 @@ class Plan:
     residents: name -> bytes of a chip that stay there from program to program.
     programs: in the order of an iteration.
     tokens: sampled in an iteration at most (of SFT: tokens of an update).
+    rows, width: of an update.
+    in_flight: rows that decode at once.
+    cache_bytes: of a chip, keys and values of those.
   """
 
   residents: dict[str, int]
   programs: tuple[Program, ...]
   tokens: int
+  rows: int
+  width: int
+  in_flight: int = 0
+  cache_bytes: int = 0
 
 
 def architecture(model: ModelConfig) -> DecoderConfig:
@@ -164,7 +171,7 @@ def _plan_sft(run: SFTRun, config: DecoderConfig, mesh: Mesh) -> Plan:
     "Adam of policy": chip_bytes(state.opt_state),
     "policy as given": chip_bytes(given),
   }
-  return Plan(residents, (program,), rows * width)
+  return Plan(residents, (program,), rows * width, rows, width)
 
 
 class _OnPolicy:
@@ -220,7 +227,7 @@ class _OnPolicy:
     needs_reference = self.ppo or bool(loss.kl_coef or method.kl_reward)
     reference = "reference" if needs_reference or base is not None else "given policy"
     self.residents[reference] = chip_bytes(start)
-    self._rollout()
+    in_flight = self._rollout()
     own = ("policy",) if base is None else ("policy", reference)
     adapters = state.params.get("lora")
     if method.old_logp != "sampler":
@@ -251,15 +258,24 @@ class _OnPolicy:
       trained=1 if base is None else 0,
     )
     return Plan(
-      self.residents, tuple(self.programs), self.rows * method.max_new_tokens
+      self.residents,
+      tuple(self.programs),
+      self.rows * method.max_new_tokens,
+      self.rows // method.minibatches,
+      self.width,
+      *in_flight,
     )
 
   def _state(self, name: str, state: Any) -> None:
     self.residents[name] = chip_bytes(state.params)
     self.residents[f"Adam of {name}"] = chip_bytes(state.opt_state)
 
-  def _rollout(self) -> None:
-    """The weights as the sampler has them; prefill and decode."""
+  def _rollout(self) -> tuple[int, int]:
+    """The weights as the sampler has them; prefill and decode.
+
+    Returns:
+      (rows in flight, bytes of a chip for their keys and values).
+    """
     method, samples = self.method, self.method.samples_per_prompt
     count = method.prompts_per_iteration
     model = self.model.clone(remat="none")
@@ -292,6 +308,9 @@ class _OnPolicy:
         turns=method.max_new_tokens,
       ),
     ]
+    cache = state.cache
+    stored = cache.prompt_k, cache.prompt_v, cache.k, cache.v
+    return slots * samples, chip_bytes(stored)
 
   def _score(self, name, holds, jitted, rows, width, arguments, heads) -> None:
     """A score program on blocks of rows: (tokens, mask) then `arguments`."""
@@ -403,13 +422,13 @@ class _OnPolicy:
     )
 
 
-def method_of(run: Run) -> Any:
-  """The settings of the run's algorithm."""
-  return next(getattr(run, name) for name, cls in RUNS.items() if type(run) is cls)
+def name_of(run: Run) -> str:
+  """ "ppo", "grpo" or "sft"."""
+  return next(name for name, cls in RUNS.items() if type(run) is cls)
 
 
 def knobs(run: Run) -> dict[str, Any]:
   """Settings that change memory and speed, but no result."""
   names = ("micro_batches", "remat", "max_rows", "max_tokens")
-  method = method_of(run)
+  method = getattr(run, name_of(run))
   return {name: getattr(method, name) for name in names if hasattr(method, name)}

@@ -143,7 +143,9 @@ def verdict(report: Report) -> str:
   )
   if spare >= 0:
     return f"verdict: FITS with {spare:.2f} GiB a chip to spare ({where})"
-  return f"verdict: DOES NOT FIT, by {-spare:.2f} GiB a chip ({where}); {advice(report)}"
+  return (
+    f"verdict: DOES NOT FIT, by {-spare:.2f} GiB a chip ({where}); {advice(report)}"
+  )
 
 
 def advice(report: Report) -> str:
