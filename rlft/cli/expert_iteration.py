@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from rlft.algorithms import sft
 from rlft.cli import config as configs
 from rlft.cli import rl, runs, show
 from rlft.cli.progress import Events
+from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
+from rlft.cli.sft import train_first
 from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
@@ -39,6 +42,9 @@ class EIRun:
     sft_first: supervised training on the reference solutions before the first round.
     dev_prompts: greedy@1 on so many dev prompts chooses the round that is kept; 0 keeps
       the last. gsm8k takes them from the training file, after the training prompts.
+    checkpoint: when the run is saved; the same command goes on from there. A round is
+      always saved twice, when it is sampled and when it is trained; `every` is of
+      `sft_first`, which has checkpoints of its own.
     eval, eval_splits, eval_prompts: of the evaluation before and after.
   """
 
@@ -49,6 +55,7 @@ class EIRun:
   ei: ei.EIConfig = dataclasses.field(default_factory=ei.EIConfig)
   sft_first: sft.SFTConfig | None = None
   dev_prompts: int = 0
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=every_100_updates)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -66,25 +73,25 @@ def run(args: argparse.Namespace) -> int:
   dev = rl.dev_examples(config.task, config.dev_prompts)
   policy = runs.make_policy(config.model, config.mesh)
   base = runs.make_policy(config.base, config.mesh) if config.base else policy
-  configs.write_resolved(workdir, config)
-
-  rl.look("before", policy, config, workdir)
-  with MetricWriter(workdir) as writer, Events(writer) as on_event:
-    if config.sft_first is not None:
-      policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
-      on_event.close()
-      # What Expert Iteration is to be compared with.
-      rl.look("after_sft", policy, config, workdir)
-    result = ei.run(
-      policy,
-      train,
-      judge,
-      config.ei,
-      base=base,
-      sft_rows=rows,
-      dev_score=rl.dev_score(config.task, dev, config.eval),
-      on_event=on_event,
-    )
+  look = functools.partial(rl.look, config=config, workdir=workdir)
+  with saving(workdir, "expert-iteration", config, "half-round") as keep:
+    configs.write_resolved(workdir, config)
+    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as on_event:
+      if config.sft_first is not None:
+        policy = train_first(policy, rows, config, workdir, keep, on_event, look)
+      elif not keep.checkpoints.steps():
+        look("before", policy)
+      result = ei.run(
+        policy,
+        train,
+        judge,
+        config.ei,
+        base=base,
+        sft_rows=rows,
+        dev_score=rl.dev_score(config.task, dev, config.eval),
+        on_event=on_event,
+        saving=keep,
+      )
   rlft.save(result.policy, workdir / "model")
   with (workdir / "solutions.jsonl").open("w") as file:
     for solution in result.solutions:

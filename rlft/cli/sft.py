@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import rlft
 from rlft.algorithms import sft
@@ -20,9 +22,11 @@ from rlft.cli import config as configs
 from rlft.cli import runs, show
 from rlft.cli.progress import Events, counting
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
+from rlft.models.hub import Policy
 from rlft.probes.evaluate import EvalConfig, evaluate
 from rlft.sampling.generate import generate
 from rlft.training.metrics import MetricWriter
+from rlft.training.saving import Saving
 
 SUMMARY = "train on worked solutions (supervised fine-tuning)"
 
@@ -75,6 +79,36 @@ def run(args: argparse.Namespace) -> int:
     f"model: {workdir / 'model'}  (rlft sample --config.model.path={workdir}/model)"
   )
   return 0
+
+
+def train_first(
+  policy: Policy,
+  rows: Sequence[tuple[str, str]],
+  config: Any,
+  workdir: Path,
+  keep: Saving,
+  events: Events,
+  look: Callable[[str, Policy], None],
+) -> Policy:
+  """Supervised training before another method: a stage with checkpoints of its own.
+
+  Args:
+    policy, rows: what is trained, on what.
+    config: of the command; has `sft_first`, `checkpoint` and `model`.
+    workdir: of the run; the stage is in its directory `sft`.
+    keep: of the run.
+    events: of the run.
+    look: evaluates a policy under a title, before and after; not again in a run that
+      goes on.
+  """
+  with saving(workdir / "sft", "sft", config, "update", within=keep) as own:
+    if not own.checkpoints.steps():
+      look("before", policy)
+    result = sft.train(policy, rows, config.sft_first, events.on_step, own)
+  events.after(result.steps)
+  if not keep.checkpoints.steps():
+    look("after_sft", result.policy)  # what the method is to be compared with
+  return result.policy
 
 
 def evaluate_splits(policy, task, config, splits, prompts, workdir, sampler=generate):

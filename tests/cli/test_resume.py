@@ -17,11 +17,8 @@ from rlft.training import metrics
 
 pytestmark = pytest.mark.slow
 ITERATIONS = 12
-
-
-def start(workdir, *more):
-  words = [sys.executable, "-m", "rlft.cli.main", "grpo", f"--workdir={workdir}"]
-  settings = {
+COMMANDS = {
+  "grpo": {
     "task.train": 40,
     "grpo.iterations": ITERATIONS,
     "grpo.prompts_per_iteration": 2,
@@ -31,8 +28,82 @@ def start(workdir, *more):
     "checkpoint.every": 2,
     "dev_prompts": 0,
     "eval_prompts": 0,
-  }
-  words += [f"--config.{name}={value}" for name, value in settings.items()]
+  },
+  "sft": {  # 20 updates
+    "task.train": 40,
+    "sft.batch_size": 4,
+    "sft.epochs": 2,
+    "sft.optimizer.schedule": "cosine",
+    "checkpoint.every": 4,
+    "eval_prompts": 0,
+  },
+  "expert-iteration": {  # 4 updates, then two rounds
+    "task.train": 8,
+    "sft_first.batch_size": 4,
+    "sft_first.epochs": 2,
+    "ei.rounds": 2,
+    "ei.samples_per_prompt": 4,
+    "ei.max_new_tokens": 24,
+    "ei.max_rows": 8,
+    "ei.train.batch_size": 4,
+    "dev_prompts": 8,
+    "eval.max_new_tokens": 24,
+    "eval_prompts": 0,
+    "checkpoint.every": 1,
+  },
+}
+# Sends itself a signal in a phase, when it has come to it so many times.
+SIGNALLED = """
+import os, sys
+from rlft.cli import main, progress, runs
+from rlft.training.checkpoint import Checkpointer
+
+number, phase, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+seen = 0
+
+def come_to(here):
+  global seen
+  seen += here == phase
+  if here == phase and seen == count:
+    os.kill(os.getpid(), number)
+
+heard, judge_of, save = progress.Events.__call__, runs.judge_of, Checkpointer.save
+
+def hear(self, kind, values):
+  heard(self, kind, values)
+  come_to(kind)
+
+def judging(task):
+  judge = judge_of(task)
+  return lambda text, example: (come_to("judge"), judge(text, example))[1]
+
+def saving(self, step, *args):
+  write = self._orbax.save
+  if phase == "save":
+    def alone(path, args):
+      print("beside", len(list(path.parent.glob("*tmp*"))), "others")
+      write(path, args=args)
+    self._orbax.save = alone
+  saved = save(self, step, *args)
+  self._orbax.save = write
+  if phase == "save" and seen == count - 1:
+    print("in flight:", not self._path(step).exists())
+  come_to("save")
+  return saved
+
+progress.Events.__call__, runs.judge_of, Checkpointer.save = hear, judging, saving
+sys.exit(main.main(sys.argv[4:]))
+"""
+
+
+def start(workdir, *more, command="grpo", signalled=None):
+  """A process; `signalled` is (signal, phase, count), see above."""
+  words = [sys.executable, "-m", "rlft.cli.main"]
+  if signalled:
+    number, phase, count = signalled
+    words = [sys.executable, "-c", SIGNALLED, str(int(number)), phase, str(count)]
+  words += [command, f"--workdir={workdir}"]
+  words += [f"--config.{name}={value}" for name, value in COMMANDS[command].items()]
   return subprocess.Popen(
     [*words, *more],
     stdout=subprocess.PIPE,
@@ -62,11 +133,14 @@ def until_lines(process, workdir, count):
 def same(one, other):
   """Weights and metrics, but for the clock."""
   due, found = metrics.read(one), metrics.read(other)
-  assert [x["step"] for x in found] == list(range(1, ITERATIONS + 1))
+  clocks = ("time", "second")
   for a, b in zip(due, found, strict=True):
     for name in a:
-      if name != "time" and "time/" not in name and "per_second" not in name:
+      if not any(word in name for word in clocks):
         assert a[name] == b[name], name
+  solutions = "solutions.jsonl"
+  if (one / solutions).exists():
+    assert (one / solutions).read_bytes() == (other / solutions).read_bytes()
   mine, theirs = (
     load_file(path / "model" / "model.safetensors") for path in (one, other)
   )
@@ -80,6 +154,8 @@ def straight(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("straight")
   code, said = finish(start(workdir))
   assert code == 0, said
+  steps = [line["step"] for line in metrics.read(workdir)]
+  assert steps == list(range(1, ITERATIONS + 1))
   return workdir
 
 
@@ -129,3 +205,82 @@ def test_changed_settings_are_named(tmp_path):
   assert json.loads((tmp_path / "resolved_config.json").read_text())["grpo"][
     "max_new_tokens"
   ] == 16  # fmt: skip
+
+
+def go(workdir, command, number, phase, count):
+  """A process that is signalled; what it said, and its exit code."""
+  return finish(start(workdir, command=command, signalled=(number, phase, count)))
+
+
+def test_supervised_training_survives_signals(tmp_path):
+  """SIGTERM, SIGKILL inside an update, and SIGTERM while a checkpoint is written."""
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  assert finish(start(straight, command="sft"))[0] == 0
+  assert [line["step"] for line in metrics.read(straight)] == list(range(1, 21))
+
+  code, said = go(broken, "sft", signal.SIGTERM, "train", 3)
+  assert code == 75 and "after update 4 of 20; the state is saved" in said
+  assert lines(broken) == 4
+  code, said = go(broken, "sft", signal.SIGKILL, "train", 6)  # update 10; 8 are saved
+  assert code == -signal.SIGKILL and "going on after update 4" in said
+  assert lines(broken) == 10
+  code, said = go(broken, "sft", signal.SIGTERM, "save", 1)
+  assert code == 75 and "going on after update 8" in said
+  assert "in flight: True" in said and said.count("beside 0 others") == 2
+  assert "after update 13 of 20" in said
+  saved = sorted(path.name for path in (broken / "checkpoints").iterdir())
+  assert saved == ["00000012", "00000013"]
+  assert finish(start(broken, command="sft"))[0] == 0
+  same(straight, broken)
+
+
+def test_expert_iteration_survives_signals(tmp_path):
+  """In its supervised stage; then while it samples, judges, and trains."""
+  command = "expert-iteration"
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  code, said = finish(start(straight, command=command))
+  assert code == 0, said
+  rounds = [line for line in metrics.read(straight) if "round/round" in line]
+  assert [line["round/round"] for line in rounds] == [1, 2]
+
+  def killed(phase, count):
+    code, said = go(broken, command, signal.SIGKILL, phase, count)
+    assert code == -signal.SIGKILL, said
+    return said
+
+  def stopped(phase, count):
+    code, said = go(broken, command, signal.SIGTERM, phase, count)
+    assert code == 75, said
+    return said
+
+  killed("train", 3)
+  said = killed("sample", 2)
+  assert "sft: going on after update 2" in said
+  said = killed("judge", 12)  # eight dev prompts, then samples
+  assert "sft: going on after update 4" in said and "train" not in said
+  assert "after sampling round 1 of 2" in stopped("sample", 2)
+  said = killed("train", 2)
+  assert "going on after half-round 1" in said and "sample" not in said
+  assert "after sampling round 1 of 2" in stopped("train", 1)
+  said = killed("sample", 2)
+  assert "going on after half-round 1" in said
+  said = killed("train", 2)
+  assert "going on after half-round 2" in said
+  code, said = finish(start(broken, command=command))
+  assert code == 0 and "going on after half-round 3" in said
+  same(straight, broken)
+
+
+def test_settings_of_supervised_training_may_change_but_not_its_model(tmp_path):
+  assert go(tmp_path, "sft", signal.SIGTERM, "train", 2)[0] == 75
+  sizes = {"vocab_size": 0, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2}
+  sizes |= {"head_dim": 16, "mlp_width": 64}
+  other = [f"--config.model.decoder.{name}={size}" for name, size in sizes.items()]
+  code, said = finish(start(tmp_path, *other, command="sft"))
+  assert code == 2 and "is of another run: model" in said
+  lower = "--config.sft.optimizer.learning_rate=1e-5"
+  code, said = finish(start(tmp_path, lower, command="sft"))
+  assert code == 0
+  assert "changed setting sft.optimizer.learning_rate: 0.0001 -> 1e-05" in said
+  rates = [line["learning_rate"] for line in metrics.read(tmp_path)]
+  assert len(rates) == 20 and rates[2] > 5e-5 and max(rates[3:]) <= 1e-5
