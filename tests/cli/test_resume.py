@@ -274,7 +274,7 @@ def test_expert_iteration_survives_signals(tmp_path):
 def test_settings_of_supervised_training_may_change_but_not_its_model(tmp_path):
   assert go(tmp_path, "sft", signal.SIGTERM, "train", 2)[0] == 75
   sizes = {"vocab_size": 0, "width": 32, "layers": 1, "heads": 2, "kv_heads": 2}
-  sizes |= {"head_dim": 16, "mlp_width": 64}
+  sizes |= {"head_dim": 16, "mlp_width": 64, "max_positions": 256}
   other = [f"--config.model.decoder.{name}={size}" for name, size in sizes.items()]
   code, said = finish(start(tmp_path, *other, command="sft"))
   assert code == 2 and "is of another run: model" in said
