@@ -31,12 +31,18 @@ import jax
 import numpy as np
 
 from rlft.algorithms import sft
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
 from rlft.rewards.contract import call_reward
-from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
+from rlft.rewards.verifiable import (
+  Judge,
+  judge_all,
+  verdict_reward,
+  verdicts_of_all,
+)
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
 from rlft.training.saving import Saving
@@ -330,18 +336,24 @@ def run(
     index = len(progress.rounds) + 1
     name = f"round {index} of {config.rounds}"
     if progress.half is None:
-      rollout = _sample(current, examples, config, index, tell)
-      verdicts = judge_all(judge, rollout.completions, examples)
+      mesh = current.model.mesh
+      own, real = hosts.own_evenly(examples, mesh)
+      rollout = _sample(current, own, config, index, tell)
+      verdicts = judge_all(judge, rollout.completions, own)
       if reward is None:
         rewards = [verdict_reward(v, config.accept) for v in verdicts]
       else:
-        rewards = call_reward(reward, rollout, examples)
+        rewards = call_reward(reward, rollout, own)
+      rows_own = real * config.samples_per_prompt  # what is behind them is not ours
       accepted = collect(
-        rollout, verdicts, rewards, config.threshold, index, current.eos_ids
+        rollout, verdicts[:rows_own], rewards, config.threshold, index, current.eos_ids
       )
+      accepted = _of_all(accepted, mesh)
+      verdicts = verdicts_of_all(verdicts[:rows_own], mesh)
       progress.solutions = dedupe([*progress.solutions, *accepted], config.dedupe)
       kept = cap(progress.solutions, config.max_per_prompt)
-      progress.half = _round_stats(index, rollout, verdicts, rewards, accepted, kept)
+      sampled = _sampled_stats(rollout, rewards, rows_own, mesh)
+      progress.half = _round_stats(index, verdicts, accepted, kept, config) | sampled
       _warn(progress, bool(rows))
       save(2 * index - 1, f"sampling {name}")
     kept = cap(progress.solutions, config.max_per_prompt)
@@ -402,10 +414,7 @@ class _Progress:
   def of(cls, meta: Mapping[str, Any]) -> _Progress:
     """From JSON, which has no tuples."""
     progress = cls(**meta)
-    progress.solutions = [
-      Solution(**one | {"chain": _tuple(one["chain"]), "tokens": _tuple(one["tokens"])})
-      for one in progress.solutions
-    ]
+    progress.solutions = _solutions(progress.solutions)
     return progress
 
   def total(self, name: str) -> int:
@@ -416,6 +425,22 @@ class _Progress:
     done = len(self.rounds)
     tired = bool(config.patience) and done - self.best_round >= config.patience
     return done >= config.rounds or (self.best_score is not None and tired)
+
+
+def _solutions(plain: Sequence[Mapping[str, Any]]) -> list[Solution]:
+  """From JSON."""
+  return [
+    Solution(**one | {"chain": _tuple(one["chain"]), "tokens": _tuple(one["tokens"])})
+    for one in plain
+  ]
+
+
+def _of_all(own: Sequence[Solution], mesh: Any) -> list[Solution]:
+  """The solutions that all processes have accepted, in the order of the prompts."""
+  if not hosts.several():
+    return list(own)
+  parts = hosts.each_part([dataclasses.asdict(one) for one in own], mesh)
+  return _solutions([one for part in parts for one in part])
 
 
 def _tuple(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
@@ -481,21 +506,19 @@ def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:
   )
 
 
-def _round_stats(index, rollout, verdicts, rewards, found, kept) -> dict[str, Any]:
-  """What people look at after a round."""
+def _round_stats(index, verdicts, found, kept, config: EIConfig) -> dict[str, Any]:
+  """What people look at after a round: of its verdicts and solutions."""
   count = len(verdicts)
   correct = [v for v in verdicts if v.correct]
   unlucky = [v for v in correct if v.consistent is not False]
   solved = {s.prompt_id for s in found}
-  prompts = count // rollout.samples
+  prompts = count // config.samples_per_prompt
   return {
     "round": index,
     "samples": count,
     "answered": sum(v.answer is not None for v in verdicts) / count,
     "correct": len(correct) / count,
     "accepted": len(found) / count,
-    "not_judged": sum(r is None for r in rewards) / count,
-    "truncated": float(1 - rollout.finished.mean()),
     "prompts_solved": len(solved) / prompts,
     # Of right answers, of what was accepted, and of what is left without duplicates.
     "lucky_of_correct": 1 - len(unlucky) / len(correct) if correct else 0.0,
@@ -504,7 +527,24 @@ def _round_stats(index, rollout, verdicts, rewards, found, kept) -> dict[str, An
     "kept": len(kept),
     "new": sum(s.round == index for s in kept),
     "unique_chains": len({(s.prompt_id, s.chain) for s in kept if s.chain}),
-    "completion_tokens": float(rollout.lengths.mean()),
-    "sample_seconds": rollout.stats["seconds"],
-    "sample_tokens_per_second": rollout.stats["tokens_per_second"],
+  }
+
+
+def _sampled_stats(rollout: Rollout, rewards, rows: int, mesh: Any) -> dict[str, float]:
+  """Of the first `rows` of every process's rollout."""
+  own = [
+    rows,
+    sum(r is None for r in rewards[:rows]),
+    int((~rollout.finished[:rows]).sum()),
+    int(rollout.lengths[:rows].sum()),
+    rollout.stats["tokens_per_second"],
+  ]
+  parts = np.array(hosts.each_part([*own, rollout.stats["seconds"]], mesh), float)
+  count, missing, cut, tokens, speed, _ = parts.sum(0).tolist()
+  return {
+    "not_judged": missing / count,
+    "truncated": cut / count,
+    "completion_tokens": tokens / count,
+    "sample_seconds": float(parts[:, -1].max()),
+    "sample_tokens_per_second": speed,
   }

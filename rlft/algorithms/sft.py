@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import batch_shards
@@ -204,7 +203,7 @@ def train(
     ),
     batches_per_epoch,
     planned,
-    tokens_of=lambda batch: int(np.asarray(batch.weight).sum()),
+    tokens_of=lambda batch: int(batch.weight.sum()),
     budget=config.update_tokens,
     on_step=on_step,
     saving=saving,

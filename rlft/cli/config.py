@@ -475,7 +475,11 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_resolved(workdir: str | os.PathLike[str], config: Any) -> Path:
   """Writes the settings of a run, secrets hidden, to `resolved_config.json`."""
+  from rlft.core import hosts  # which imports jax
+
   path = Path(workdir) / RESOLVED
+  if not hosts.first():
+    return path
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(redact(dump(config)), indent=2, allow_nan=False)
   partial = path.with_suffix(".tmp")

@@ -25,10 +25,12 @@ from rlft.cli import rl, runs, show
 from rlft.cli.progress import Events
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.cli.sft import train_first
+from rlft.core import hosts
 from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "improve a model on its own checked solutions (Expert Iteration)"
+MANY_HOSTS = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,10 @@ def run(args: argparse.Namespace) -> int:
         saving=keep,
       )
   rlft.save(result.policy, workdir / "model")
-  with (workdir / "solutions.jsonl").open("w") as file:
-    for solution in result.solutions:
-      file.write(json.dumps(dataclasses.asdict(solution)) + "\n")
+  if hosts.first():
+    with (workdir / "solutions.jsonl").open("w") as file:
+      for solution in result.solutions:
+        file.write(json.dumps(dataclasses.asdict(solution)) + "\n")
   round_table(result.rounds)
   rl.look("after", result.policy, config, workdir)
   print(

@@ -13,8 +13,11 @@ import difflib
 import importlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlft.core import platform
 from rlft.core.errors import ConfigError, RlftError, StoppedError
@@ -42,10 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("RLFT_TRACEBACK") == "1":
       raise
     print("rlft: error:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
+    return _leave(2)
   except KeyboardInterrupt:
     print("rlft: interrupted", file=sys.stderr)
-    return 130
+    return _leave(130)
+  except Exception as error:
+    if _alone():
+      raise
+    traceback.print_exc()
+    if isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+      _await_verdict(str(error))
+    return _leave(1)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -67,8 +77,10 @@ def _dispatch(argv: list[str]) -> int:
     commands = ", ".join(summaries)
     raise ConfigError(f"unknown command {name!r}{hint} (commands: {commands})")
   platform.choose()  # before the command's module imports jax
-  platform.check_hosts()
+  platform.join()
   command = importlib.import_module(f"rlft.cli.{name.replace('-', '_')}")
+  if not _alone():
+    _check_hosts(name, command)
   parser = argparse.ArgumentParser(
     prog=f"rlft {name}",
     description=command.__doc__ or command.SUMMARY,
@@ -82,6 +94,67 @@ def _dispatch(argv: list[str]) -> int:
     raise ConfigError(f"rlft {name} has no --config to override: {overrides[0][0]!r}")
   args.overrides = overrides
   return command.run(args)
+
+
+def _alone() -> bool:
+  """Whether this is the only process of the run."""
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
+    return True
+  return jax.process_count() == 1
+
+
+def _check_hosts(name: str, command: Any) -> None:
+  """One of several processes: refuses what cannot be, and leaves stdout to the first.
+
+  Raises:
+    ConfigError: the command runs on one host, or the hosts differ.
+  """
+  import jax
+
+  from rlft.core import hosts
+
+  if not getattr(command, "MANY_HOSTS", False):
+    raise ConfigError(
+      f"rlft {name} runs on one host, with all of its devices; {jax.process_count()} "
+      "processes were started"
+    )
+  counts = hosts.everyone(jax.local_device_count())
+  if len(set(counts)) > 1:
+    raise ConfigError(
+      f"the processes have {counts} devices: each needs as many as the others. "
+      "Look for a host whose accelerators did not start"
+    )
+  if not hosts.first():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
+
+
+def _await_verdict(error: str) -> None:
+  """Gives jax the time to say which process has died: it ends this one as it does."""
+  if "RESOURCE_EXHAUSTED" in error:
+    return
+  seconds = platform.heartbeat_seconds() + 5
+  print(
+    "rlft: a computation with other processes failed: one of them has ended or died. "
+    f"Within {seconds} s jax names it below; a run with checkpoints goes on from the "
+    "last one when it is started again",
+    file=sys.stderr,
+    flush=True,
+  )
+  time.sleep(seconds)
+
+
+def _leave(code: int) -> int:
+  """The exit code; one of several processes ends at once with it.
+
+  At an orderly end jax waits for the others, and they wait for this one in the middle
+  of a computation: nobody would ever be told.
+  """
+  if not _alone():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
 
 
 def _summaries() -> dict[str, str]:

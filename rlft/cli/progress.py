@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlft.cli import show
+from rlft.core import watchdog
 from rlft.training.metrics import MetricWriter
 
 
@@ -130,6 +131,7 @@ class Iterations:
     self._context.__exit__(None, None, None)
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
+    watchdog.beat(kind)
     if kind == "resume":
       self._done = values["iterations"]
       self._bar(self._done)

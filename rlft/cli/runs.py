@@ -190,6 +190,8 @@ def write_json(path: Path, value: Any) -> Path:
       return None
     return x
 
+  if not hosts.first():
+    return path
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + ".part")
   part.write_text(json.dumps(clean(value), indent=2, allow_nan=False) + "\n")
@@ -201,6 +203,8 @@ def write_transcripts(
 ) -> Path:
   """Writes some prompts with what each model answered, for a person to read."""
   lines = []
+  if not hosts.first():
+    return path
   first = next(iter(evaluations.values()))
   for i, example in enumerate(first.examples[:count]):
     lines += [f"===== {example.id}", example.prompt.strip(), ""]

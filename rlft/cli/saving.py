@@ -18,7 +18,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rlft.cli import config as configs
+from rlft.core import hosts, watchdog
 from rlft.core.errors import ConfigError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
 from rlft.training.saving import Saving
@@ -35,12 +38,16 @@ class CheckpointConfig:
       updates) stay for good (multiples; 0 is none).
     strict_resume: a damaged newest checkpoint is an error; else the one before it is
       used, and a warning says so.
+    step_deadline: seconds without any progress after which one of several processes
+      ends itself, and shows where it stands; 0 is off, and one process alone is never
+      ended. Longer than the longest compilation.
   """
 
   every: int = 10
   keep_last: int = 2
   keep_every: int = 0
   strict_resume: bool = False
+  step_deadline: float = 3600.0
 
   def __post_init__(self):  # before a model is loaded
     if min(self.every, self.keep_last, self.keep_every + 1) < 1:
@@ -48,6 +55,8 @@ class CheckpointConfig:
         f"every={self.every}, keep_last={self.keep_last}: at least 1; "
         f"keep_every={self.keep_every}: 0 (off) or positive"
       )
+    if not self.step_deadline >= 0:
+      raise ConfigError(f"step_deadline={self.step_deadline}: 0 (off) or positive")
 
 
 # Updates are faster than iterations: of supervised training.
@@ -93,6 +102,7 @@ def saving(
       config=settings,
     ) as checkpoints,
     _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
+    _watched(keep.step_deadline if within is None else 0),
   ):
     yield Saving(
       checkpoints,
@@ -101,6 +111,11 @@ def saving(
       stop=stop,
       on_restore=on_restore,
     )
+
+
+def _watched(deadline: float) -> contextlib.AbstractContextManager[None]:
+  who = f"rlft: process {jax.process_index()} of {jax.process_count()}"
+  return watchdog.watching(deadline if hosts.several() else 0, who)
 
 
 @contextlib.contextmanager

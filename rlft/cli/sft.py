@@ -29,6 +29,7 @@ from rlft.training.metrics import MetricWriter
 from rlft.training.saving import Saving
 
 SUMMARY = "train on worked solutions (supervised fine-tuning)"
+MANY_HOSTS = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,15 @@ and a notebook's backend and open figures stay as they are.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from rlft.core import hosts, watchdog
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -55,9 +58,16 @@ def progress(
     `advance(count=1, **numbers)`, to be called as work is done.
   """
   stream = sys.stderr if stream is None else stream
+  if not hosts.first():
+    stream = io.StringIO()
   interactive = stream.isatty() and "CI" not in os.environ
   with (_bar if interactive else _lines)(title, total, stream, interval, clock) as step:
-    yield step
+
+    def advance(count: int = 1, **numbers: float) -> None:
+      watchdog.beat(title)
+      step(count, **numbers)
+
+    yield advance
 
 
 @contextlib.contextmanager
@@ -272,6 +282,7 @@ def _finish(
   if title:
     figure.suptitle(title, fontsize=11)
   path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=150)
+  if hosts.first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
   return path

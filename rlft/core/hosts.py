@@ -111,6 +111,19 @@ def own_part(items: Sequence[Any], mesh: Mesh | None) -> Any:
   return items[part.index * size : (part.index + 1) * size]
 
 
+def own_evenly(items: Sequence[Any], mesh: Mesh | None) -> tuple[list[Any], int]:
+  """This process's part of however many items, and how many of them are real.
+
+  All parts are as long: where the number does not divide, the last item comes again at
+  the end, for what a process makes of it and then drops.
+  """
+  part = share(mesh)
+  size = -(-len(items) // part.of)
+  first_own = part.index * size
+  own = [items[min(i, len(items) - 1)] for i in range(first_own, first_own + size)]
+  return own, min(size, max(0, len(items) - first_own))
+
+
 # --------------------------------------------------------------- rows on the mesh
 
 

@@ -1,12 +1,14 @@
-"""Which accelerators jax should look for, and on how many hosts; decided once."""
+"""Which accelerators jax should look for, and with which other processes."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from rlft.core.errors import ConfigError
 
@@ -57,37 +59,73 @@ def choose(
   return platforms
 
 
-def check_hosts(
+def join(
   environ: MutableMapping[str, str] = os.environ,
-  count: Callable[[], int] | None = None,
+  initialize: Callable[..., None] | None = None,
 ) -> None:
-  """Refuses to be one of several processes: each would train by itself, and write over
-  the others.
+  """Becomes one of the processes of a run, as its launcher says; alone without one.
+
+  Call it before jax is used. It returns when all processes are there.
 
   Args:
-    environ: has what launchers say: RLFT_COORDINATOR ("auto", or HOST:PORT with
-      RLFT_NUM_PROCESSES); without it, this is the only process.
-    count: of the processes that "auto" finds; by default as jax does on a TPU.
+    environ: RLFT_COORDINATOR, "auto" (on TPUs jax knows its hosts) or HOST:PORT of
+      process 0, and then RLFT_NUM_PROCESSES and RLFT_PROCESS_ID. RLFT_JOIN_TIMEOUT:
+      seconds to wait for the others (300). RLFT_HEARTBEAT: seconds after which a
+      process that is not heard of is dead, and the others end (60).
+    initialize: `jax.distributed.initialize`.
 
   Raises:
-    ConfigError: there are several.
+    ConfigError: one of them is not what it must be.
   """
   coordinator = environ.get("RLFT_COORDINATOR")
   if not coordinator:
     return
-  if coordinator == "auto":
-    processes = (count or _join)()
-  else:
-    processes = int(environ.get("RLFT_NUM_PROCESSES", "1"))
-  if processes > 1:
-    raise ConfigError(
-      f"{processes} processes were started (RLFT_COORDINATOR={coordinator}): this "
-      "release runs on one host, with all of its devices; start one process"
+  timeouts = {
+    "initialization_timeout": _count(environ, "RLFT_JOIN_TIMEOUT", 300),
+    "heartbeat_timeout_seconds": heartbeat_seconds(environ),
+  }
+  where: dict[str, Any] = {}
+  if coordinator != "auto":
+    processes = _count(environ, "RLFT_NUM_PROCESSES", 1)
+    index = _count(environ, "RLFT_PROCESS_ID", 0, least=0)
+    if index >= processes or ":" not in coordinator:
+      raise ConfigError(
+        f"RLFT_COORDINATOR={coordinator} must be HOST:PORT or 'auto', and "
+        f"RLFT_PROCESS_ID={index} below RLFT_NUM_PROCESSES={processes}"
+      )
+    if processes == 1:
+      return
+    where = {
+      "coordinator_address": coordinator,
+      "num_processes": processes,
+      "process_id": index,
+      "cluster_detection_method": "deactivate",
+    }
+    # When one is missing jax ends the process before it could raise anything.
+    print(
+      f"rlft: process {index}: waiting up to {timeouts['initialization_timeout']} s "
+      f"for {processes} processes at {coordinator}",
+      file=sys.stderr,
+      flush=True,
     )
+  if initialize is None:
+    import jax
+
+    initialize = jax.distributed.initialize
+  initialize(**where, **timeouts)
+  # jax takes SIGTERM for itself and does nothing with it unless it is asked to.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _join() -> int:
-  import jax
+def heartbeat_seconds(environ: MutableMapping[str, str] = os.environ) -> int:
+  """After so many seconds without a sign a process is dead; see `join`."""
+  return _count(environ, "RLFT_HEARTBEAT", 60)
 
-  jax.distributed.initialize()
-  return jax.process_count()
+
+def _count(
+  environ: MutableMapping[str, str], name: str, default: int, least: int = 1
+) -> int:
+  text = environ.get(name, str(default))
+  if not text.isdigit() or int(text) < least:
+    raise ConfigError(f"{name}={text!r}: an integer of at least {least}")
+  return int(text)

@@ -12,7 +12,7 @@ from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
 from rlft.probes import reasoning
-from rlft.rewards.verifiable import Judge, judge_all
+from rlft.rewards.verifiable import Judge, judge_all, verdicts_of_all
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
 
@@ -107,7 +107,7 @@ def evaluate(
   mesh, everybody = policy.model.mesh, examples
   if score is not None and hosts.several():
     raise ConfigError("reranking runs on one host: evaluate without `score`, or there")
-  examples = hosts.own_part(_evenly(examples, mesh), mesh)
+  examples, real = hosts.own_evenly(examples, mesh)
   prompts = encode_prompts(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
   )
@@ -132,26 +132,23 @@ def evaluate(
   count, k = len(examples), config.samples
   greedy = sample(1, 0.0, 0)
   drawn = sample(k, config.temperature, count)
-  verdicts = judge_all(judge, drawn.completions, examples)
+  rows_of = lambda rollout, samples: rollout.completions[: real * samples]
+  greedy_texts, texts = rows_of(greedy, 1), rows_of(drawn, k)
+  greedy_verdicts = judge_all(judge, greedy_texts, examples[:real]) if real else []
+  verdicts = judge_all(judge, texts, examples[:real]) if real else []
   scores = None
   if score is not None:
     chosen = zip(drawn.tokens, drawn.completion_mask)
     scores = score(
       [[*prompts[i // k], *row[mask].tolist()] for i, (row, mask) in enumerate(chosen)]
     )
-  greedy_verdicts = judge_all(judge, greedy.completions, examples)
-  greedy_texts, texts = greedy.completions, drawn.completions
   seconds = greedy.stats["seconds"] + drawn.stats["seconds"]
-  if hosts.several():
-    said = [greedy_texts, texts, _plain(greedy_verdicts), _plain(verdicts)]
-    parts = hosts.each_part(said, mesh)
-    greedy_texts, texts, greedy_verdicts, verdicts = (
-      [row for part in parts for row in part[i]] for i in range(4)
-    )
-    greedy_verdicts, verdicts = _verdicts(greedy_verdicts), _verdicts(verdicts)
+  greedy_verdicts = verdicts_of_all(greedy_verdicts, mesh)
+  verdicts = verdicts_of_all(verdicts, mesh)
+  parts = hosts.each_part([greedy_texts, texts], mesh)
+  greedy_texts, texts = ([text for part in parts for text in part[i]] for i in (0, 1))
   examples, count = everybody, len(everybody)
   rows = lambda flat: [flat[i * k : (i + 1) * k] for i in range(count)]
-  greedy_texts, greedy_verdicts = greedy_texts[:count], greedy_verdicts[:count]
   report = reasoning.report(
     rows(verdicts),
     examples,
@@ -171,22 +168,3 @@ def evaluate(
     seconds=seconds,
     sampled_solutions=count * (k + 1),
   )
-
-
-def _evenly(examples: Sequence[Example], mesh: Any) -> list[Example]:
-  """As many as the hosts can share equally; the last one comes again, and is dropped
-  from what is reported."""
-  short = -len(examples) % hosts.share(mesh).of
-  return [*examples, *([examples[-1]] * short)]
-
-
-def _plain(verdicts: Sequence[Verdict]) -> list[list[Any]]:
-  """For JSON."""
-  return [[v.answer, bool(v.correct), v.consistent, v.chain] for v in verdicts]
-
-
-def _verdicts(plain: Sequence[Sequence[Any]]) -> list[Verdict]:
-  return [
-    Verdict(answer, correct, consistent, None if chain is None else tuple(chain))
-    for answer, correct, consistent, chain in plain
-  ]

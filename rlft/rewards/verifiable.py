@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError, RewardError
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.rewards.contract import (
@@ -35,6 +36,7 @@ from rlft.sampling.stops import token_bytes
 
 if TYPE_CHECKING:
   import transformers
+  from jax.sharding import Mesh
 
 Judge = Callable[[str, Example], Verdict]
 # A task's worked steps: (offset after its last character, its result) of each.
@@ -69,6 +71,18 @@ def judge_all(
         f"example with id {example.id}: {text!r:.200}"
       ) from error
   return out
+
+
+def verdicts_of_all(verdicts: Sequence[Verdict], mesh: Mesh | None) -> list[Verdict]:
+  """Of several processes: the verdicts of all of them, in the order of the rows."""
+  if not hosts.several():
+    return list(verdicts)
+  plain = [[v.answer, bool(v.correct), v.consistent, v.chain] for v in verdicts]
+  return [
+    Verdict(answer, correct, consistent, None if chain is None else tuple(chain))
+    for part in hosts.each_part(plain, mesh)
+    for answer, correct, consistent, chain in part
+  ]
 
 
 def verdict_reward(verdict: Verdict, accept: Literal["final", "consistent"]) -> float:

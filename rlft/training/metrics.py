@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlft.core import hosts
+
 RECORD = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 _FLUSH_SECONDS = 10.0
@@ -47,13 +49,14 @@ class MetricWriter:
       tensorboard: whether to write event files under `workdir`/tensorboard as well.
       clock: seconds since the epoch.
     """
-    self._path = Path(workdir) / RECORD
+    own = hosts.first()  # of several processes one writes
+    self._path = Path(workdir) / RECORD if own else Path(os.devnull)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = self._path.open("ab+", buffering=0)
     _drop_torn_line(self._file)
     self._clock = clock
     self._view: Any = None
-    self._viewing = tensorboard
+    self._viewing = tensorboard and own
     self._next_flush = 0.0
 
   def write(self, step: int, metrics: Mapping[str, Any], samples: int = 0) -> None:
