@@ -22,6 +22,7 @@ from rlft.cli import config as configs
 from rlft.cli import runs, show
 from rlft.cli.progress import Events
 from rlft.cli.reward_model import PreferencesConfig, read_pairs
+from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.core.errors import ConfigError
 from rlft.training.metrics import MetricWriter
 
@@ -37,6 +38,7 @@ class DPORun:
     reference: a model of the same tokenizer, as in model.path; "" is the start.
     preferences: the pairs, and those that are held out.
     dpo: how.
+    checkpoint: when the run is saved. The same command goes on from the last one.
   """
 
   model: runs.ModelConfig = dataclasses.field(default_factory=runs.ModelConfig)
@@ -44,6 +46,7 @@ class DPORun:
   reference: str = ""
   preferences: PreferencesConfig = dataclasses.field(default_factory=PreferencesConfig)
   dpo: dpo.DPOConfig = dataclasses.field(default_factory=dpo.DPOConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=every_100_updates)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,17 +70,19 @@ def run(args: argparse.Namespace) -> int:
     other = dataclasses.replace(config.model, path=config.reference, decoder=None)
     reference = runs.make_policy(other, config.mesh)
   dpo.check(policy, config.dpo, reference)
-  configs.write_resolved(workdir, config)
-  with MetricWriter(workdir) as writer, Events(writer) as events:
-    result = dpo.train(
-      policy,
-      train,
-      config.dpo,
-      reference,
-      dev,
-      on_step=events.on_step,
-      on_progress=lambda done, of: events("reference", {"done": done, "of": of}),
-    )
+  with saving(workdir, "dpo", config, "update") as keep:
+    configs.write_resolved(workdir, config)
+    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
+      result = dpo.train(
+        policy,
+        train,
+        config.dpo,
+        reference,
+        dev,
+        on_step=events.on_step,
+        on_progress=lambda done, of: events("reference", {"done": done, "of": of}),
+        saving=keep,
+      )
   rlft.save(result.policy, workdir / "model")
   print(
     f"{result.steps} updates on {result.pairs} pairs ({result.dropped} dropped), loss "

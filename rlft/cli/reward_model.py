@@ -22,6 +22,7 @@ from rlft.algorithms import reward_model
 from rlft.cli import config as configs
 from rlft.cli import rl, runs, show
 from rlft.cli.progress import Events, counting
+from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.core.errors import ConfigError
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, save_scalar
@@ -88,6 +89,8 @@ class RewardModelRun:
     kind: "pairs" reads `preferences`, "outcome" samples `task` by `outcomes`.
     model, mesh: where the trunk starts.
     train: how.
+    checkpoint: when the run is saved. The same command goes on from the last one, of
+      outcomes after sampling them again.
   """
 
   kind: Literal["pairs", "outcome"] = "pairs"
@@ -99,6 +102,7 @@ class RewardModelRun:
   train: reward_model.RewardModelConfig = dataclasses.field(
     default_factory=reward_model.RewardModelConfig
   )
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=every_100_updates)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,17 +116,15 @@ def run(args: argparse.Namespace) -> int:
   splits = read_pairs(config.preferences) if config.kind == "pairs" else {}
   policy = runs.make_policy(config.model, config.mesh)
   reward_model.check(policy, config.train)
-  configs.write_resolved(workdir, config)
-  with MetricWriter(workdir) as writer, Events(writer) as events:
-    if config.kind == "pairs":
-      result = reward_model.train_pairs(
-        policy, splits.pop("train"), config.train, on_step=events.on_step
-      )
-    else:
-      rows = sample(policy, config, "train", config.task.train, config.task.train_start)
-      result = reward_model.train_outcome(
-        policy, rows, config.train, on_step=events.on_step
-      )
+  with saving(workdir, f"reward-model {config.kind}", config, "update") as keep:
+    configs.write_resolved(workdir, config)
+    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
+      if config.kind == "pairs":
+        rows, train = splits.pop("train"), reward_model.train_pairs
+      else:
+        task, train = config.task, reward_model.train_outcome
+        rows = sample(policy, config, "train", task.train, task.train_start)
+      result = train(policy, rows, config.train, on_step=events.on_step, saving=keep)
   save_scalar(result.model, workdir / "model")
   print(
     f"{result.steps} updates on {result.rows} rows ({result.dropped} dropped), loss "

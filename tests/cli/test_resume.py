@@ -51,6 +51,8 @@ COMMANDS = {
     "eval_prompts": 0,
     "checkpoint.every": 1,
   },
+  "dpo": {"dpo.batch_size": 4, "dpo.lora.rank": 2, "checkpoint.every": 3},
+  "reward-model": {"train.batch_size": 4, "checkpoint.every": 3},
 }
 # Sends itself a signal in a phase, when it has come to it so many times.
 SIGNALLED = """
@@ -59,12 +61,14 @@ from rlft.cli import main, progress, runs
 from rlft.training.checkpoint import Checkpointer
 
 number, phase, count = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-seen = 0
+seen, writers = 0, []
 
 def come_to(here):
   global seen
   seen += here == phase
   if here == phase and seen == count:
+    for writer in writers if phase != "save" else ():
+      writer.wait_until_finished()  # so that a test can tell what is saved
     os.kill(os.getpid(), number)
 
 heard, judge_of, save = progress.Events.__call__, runs.judge_of, Checkpointer.save
@@ -78,6 +82,7 @@ def judging(task):
   return lambda text, example: (come_to("judge"), judge(text, example))[1]
 
 def saving(self, step, *args):
+  writers[:] = [self._orbax]
   write = self._orbax.save
   if phase == "save":
     def alone(path, args):
@@ -207,9 +212,10 @@ def test_changed_settings_are_named(tmp_path):
   ] == 16  # fmt: skip
 
 
-def go(workdir, command, number, phase, count):
-  """A process that is signalled; what it said, and its exit code."""
-  return finish(start(workdir, command=command, signalled=(number, phase, count)))
+def go(workdir, command, number, phase, count, *more):
+  """A process that is signalled: its exit code, and what it said."""
+  signalled = number, phase, count
+  return finish(start(workdir, *more, command=command, signalled=signalled))
 
 
 def test_supervised_training_survives_signals(tmp_path):
@@ -231,6 +237,23 @@ def test_supervised_training_survives_signals(tmp_path):
   saved = sorted(path.name for path in (broken / "checkpoints").iterdir())
   assert saved == ["00000012", "00000013"]
   assert finish(start(broken, command="sft"))[0] == 0
+  same(straight, broken)
+
+
+@pytest.mark.parametrize("command", ["dpo", "reward-model"])
+def test_training_on_pairs_survives_signals(command, tmp_path):
+  path = tmp_path / "pairs.jsonl"
+  row = lambda i: {"prompt": f"{i}", "chosen": f"+{i}=9", "rejected": f"{i % 7}"}
+  path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(40)))
+  more = f"--config.preferences.path={path}", "--config.preferences.held_out=0.1"
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  code, said = finish(start(straight, *more, command=command))
+  assert code == 0, said
+  assert [line["step"] for line in metrics.read(straight)] == list(range(1, 11))
+  assert go(broken, command, signal.SIGKILL, "train", 5, *more)[0] == -signal.SIGKILL
+  code, said = go(broken, command, signal.SIGTERM, "train", 1, *more)
+  assert code == 75 and "going on after update 3" in said
+  assert finish(start(broken, *more, command=command))[0] == 0
   same(straight, broken)
 
 
