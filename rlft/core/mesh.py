@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlft.core.errors import ConfigError
@@ -52,10 +53,12 @@ def make_mesh(
     devices: the devices to use; all of them when None.
 
   Returns:
-    The mesh; `data * fsdp * tensor` equals the number of devices.
+    The mesh; `data * fsdp * tensor` equals the number of devices. Slices lie along
+    data; the devices of a host lie side by side, so that it holds whole rows.
 
   Raises:
-    ConfigError: the sizes do not multiply to the number of devices.
+    ConfigError: the sizes do not multiply to the number of devices, or the slices do
+      not divide data.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -77,12 +80,25 @@ def make_mesh(
       f"mesh sizes {sizes} multiply to {math.prod(sizes.values())}, but there are "
       f"{len(devices)} devices; set one of them to -1 to take what is left"
     )
-  return jax.make_mesh(
-    tuple(sizes[name] for name in AXES),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
-    devices=devices,
-  )
+  slices = len({_slice_of(device) for device in devices})
+  if sizes["data"] % slices:
+    raise ConfigError(
+      f"mesh sizes {sizes} on {slices} slices: the network between slices is for data "
+      f"alone, so data must be a multiple of {slices}"
+    )
+  shape = tuple(sizes[name] for name in AXES)
+  kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+  if len({device.process_index for device in devices}) > 1:
+    # jax.make_mesh would lay a pod's rows along the axes of its torus, across hosts
+    # that each hold 2 x 2 of its chips, and refuses shapes that do not follow them.
+    place = lambda device: (_slice_of(device), device.process_index, device.id)
+    grid = np.asarray(sorted(devices, key=place)).reshape(shape)
+    return Mesh(grid, AXES, axis_types=kinds)
+  return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+
+
+def _slice_of(device: jax.Device) -> int:
+  return getattr(device, "slice_index", None) or 0
 
 
 def axis_size(mesh: Mesh | None, names: str | Sequence[str] | None) -> int:

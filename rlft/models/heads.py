@@ -52,6 +52,7 @@ def lm_logp(
   temperature: jax.Array | float = 1.0,
   chunk_tokens: int = 2048,
   with_entropy: bool = False,
+  shards: int = 1,
 ) -> Any:
   """Log-probability of each target: log softmax(logits / temperature)[target].
 
@@ -64,8 +65,11 @@ def lm_logp(
     hidden_BTE: the state that predicts each target.
     targets_BT: int32, the token that each state predicts.
     temperature: scalar or [B], positive.
-    chunk_tokens: about how many tokens' logits are held at once.
+    chunk_tokens: about how many tokens' logits a device holds at once.
     with_entropy: whether the entropy is wanted.
+    shards: how many devices share the batch. A matrix that is sharded over them is
+      gathered for every chunk: chunks of the whole batch's tokens would have a pod
+      gather it dozens of times for a few tokens each.
 
   Returns:
     float32 [B, T], nats; or (logp_BT, entropy_BT).
@@ -74,7 +78,7 @@ def lm_logp(
   chex.assert_equal_shape_prefix([hidden_BTE, targets_BT], 2)
   batch, length, _ = hidden_BTE.shape
   # Chunks run along time, so that a sharded batch axis stays as it is.
-  span = max(1, min(length, chunk_tokens // batch))
+  span = max(1, min(length, chunk_tokens * shards // batch))
   chunks = -(-length // span)
   pad = chunks * span - length
   temperature_B1 = jnp.broadcast_to(

@@ -70,7 +70,14 @@ def token_logp(
     variables, tokens_BT, positions_from_mask(mask_BT), mask_BT
   ).hidden
   targets_BT = jnp.take_along_axis(tokens_BT, jnp.minimum(next_BT, length - 1), axis=1)
-  ahead_BT = lm_logp(params, model.config, hidden_BTE, targets_BT, temperature)
+  ahead_BT = lm_logp(
+    params,
+    model.config,
+    hidden_BTE,
+    targets_BT,
+    temperature,
+    shards=batch_shards(model.mesh),
+  )
   logp_BT = jnp.take_along_axis(ahead_BT, jnp.maximum(before_BT, 0), axis=1)
   return jnp.where(mask_BT & (before_BT >= 0), logp_BT, 0.0)
 
@@ -165,7 +172,13 @@ def hidden_logp(
   mask_BC = _from(mask_BT, start_B, columns)
   targets_BC = jnp.where(mask_BC, _from(tokens_BT, start_B, columns), 0)
   logp_BC, entropy_BC = lm_logp(
-    params, model.config, hidden_BCE, targets_BC, temperature, with_entropy=True
+    params,
+    model.config,
+    hidden_BCE,
+    targets_BC,
+    temperature,
+    with_entropy=True,
+    shards=batch_shards(model.mesh),
   )
   return jnp.where(mask_BC, logp_BC, 0.0), jnp.where(mask_BC, entropy_BC, 0.0)
 

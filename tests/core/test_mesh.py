@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from rlft.core import mesh as meshes
 from rlft.core.errors import ConfigError
+from rlft.core.hosts import _share
 
 
 @pytest.mark.parametrize(
@@ -106,3 +109,38 @@ def test_trees():
   assert put["scale"].addressable_shards[0].data.shape == (8,)
   whole = jax.device_put(np.zeros((8, 6)), meshes.replicated(mesh))
   assert whole.sharding.spec == PartitionSpec() and whole.is_fully_replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of a pod that is not there: hosts hold 2 x 2 chips of a 4 x 4 torus."""
+
+  id: int
+  process_index: int
+  slice_index: int = 0
+
+
+def pod(slices=1):
+  host = lambda i: i // 16 * 4 + i % 16 // 8 * 2 + i % 4 // 2
+  return [Chip(i, host(i), i // 16) for i in range(16 * slices)]
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (4, 4, 1), (2, 4, 2), (1, 4, 4)])
+def test_the_rows_of_a_mesh_lie_on_whole_hosts(sizes):
+  """In the order of the torus a host would hold rows 0, 1, 4 and 5 of 16."""
+  devices = pod()
+  assert [d.process_index for d in devices[:8]] == [0, 0, 1, 1, 0, 0, 1, 1]
+  mesh = meshes.make_mesh(*sizes, devices=devices)
+  hosts = [d.process_index for d in mesh.devices.flat]
+  assert hosts == sorted(hosts) and set(map(hosts.count, hosts)) == {4}
+  assert _share(mesh, 1).index == 1 and _share(mesh, 1).of == 4
+
+
+def test_slices_lie_along_data():
+  devices = pod(slices=2)[::-1]
+  mesh = meshes.make_mesh(4, 2, 4, devices=devices)
+  slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+  assert slices.shape == (4, 2, 4)
+  assert (slices[:2] == 0).all() and (slices[2:] == 1).all()
+  with pytest.raises(ConfigError, match=r"on 2 slices.*multiple of 2"):
+    meshes.make_mesh(1, 8, 4, devices=devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -245,3 +246,20 @@ def test_completions_alone_have_the_same_numbers(policy):
       )
       assert not logp[i, own:].any() and not entropy[i, own:].any()
       assert (entropy[i, :own] > 0).all()
+
+
+def test_the_head_is_gathered_once_however_many_devices_share_the_batch():
+  """Chunks are of a device's tokens: 8 devices of 1,024 each need one, not eight."""
+  policy = hub.load(GOLDEN / "llama")
+  shape = jax.ShapeDtypeStruct((16, 512), jnp.int32)
+  mask = jax.ShapeDtypeStruct((16, 512), jnp.bool_)
+
+  def chunks(model):
+    run = lambda *rows: token_logp(model, policy.params, *rows)
+    text = str(jax.make_jaxpr(run)(shape, mask))
+    lengths = [int(n) for n in re.findall(r"length=(\d+)", text)]
+    return lengths.count(4)  # of scans; the model has 2 layers
+
+  assert policy.config.layers == 2
+  assert chunks(policy.model) == 1
+  assert chunks(policy.model.clone(mesh=make_mesh())) == 0
