@@ -30,10 +30,9 @@ LLAMA_2_7B = dict(
   tie_word_embeddings=False,
   vocab_size=32000,
 )
-# rows of an iteration and in flight, mesh: 2 (v5e) or 8 (v5p) rows of a chip's batch
-# shard in a micro-batch.
+# Rows of an iteration, which are all in flight, and the mesh; data takes what is left.
 SHAPES = {
-  "v5e": dict(rows=1024, fsdp=64, tensor=4, max_tokens=131072),
+  "v5e": dict(rows=1024, fsdp=32, tensor=8, max_tokens=131072),
   "v5p": dict(rows=1024, fsdp=16, tensor=4, max_tokens=131072),
 }
 

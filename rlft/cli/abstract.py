@@ -13,14 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
-from rlft.core.errors import ConfigError
 from rlft.core.mesh import (
-  AXES,
   ROLLOUT_RULES,
   RULES,
   replicated,
@@ -49,46 +45,6 @@ def chip_bytes(tree: Any) -> int:
 def scalar(dtype: Any) -> Shape:
   """A number that the host passes."""
   return Shape((), dtype)
-
-
-def grid(devices: Any, data: int, fsdp: int, tensor: int) -> Mesh:
-  """The mesh of a topology's devices: slices lie along data.
-
-  Raises:
-    ConfigError: the sizes do not multiply to the number of devices, or a slice would
-      have to share an axis other than data.
-  """
-  sizes = [data, fsdp, tensor]
-  known = math.prod(size for size in sizes if size != -1)
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ConfigError(
-      f"mesh sizes {dict(zip(AXES, sizes))}: each must be positive, at most one -1"
-    )
-  sizes = [len(devices) // known if size == -1 else size for size in sizes]
-  if math.prod(sizes) != len(devices):
-    raise ConfigError(
-      f"mesh sizes {dict(zip(AXES, sizes))} multiply to {math.prod(sizes)}, but the "
-      f"topology has {len(devices)} chips; set one of them to -1 to take what is left"
-    )
-  slices = len({getattr(device, "slice_index", None) for device in devices})
-  if sizes[0] % slices:
-    raise ConfigError(
-      f"mesh.data={sizes[0]} on {slices} slices: the network between slices carries "
-      f"data alone, so data must be a multiple of {slices}"
-    )
-  if slices > 1:
-    placed = mesh_utils.create_hybrid_device_mesh(
-      (sizes[0] // slices, *sizes[1:]),
-      (slices, 1, 1),
-      devices,
-      allow_split_physical_axes=True,
-    )
-  else:
-    placed = mesh_utils.create_device_mesh(
-      sizes, devices, allow_split_physical_axes=True
-    )
-  kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
-  return Mesh(np.asarray(placed), AXES, axis_types=kinds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 
 from rlft.cli import planning
-from rlft.cli.abstract import grid
 from rlft.cli.estimates import CHIPS, GIB, Chip, roofline
 from rlft.cli.planning import Program
 from rlft.core import costs
 from rlft.core.errors import ConfigError
+from rlft.core.mesh import make_mesh
 
 OnProgram = Callable[[str, float, bool], None]  # name, seconds, from the cache
 
@@ -210,7 +210,7 @@ def compile_plan(
     ConfigError: before anything is compiled.
   """
   sizes = settings.mesh
-  mesh = grid(target.devices, sizes.data, sizes.fsdp, sizes.tensor)
+  mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, target.devices)
   plan = planning.make_plan(settings, mesh, prompt)
   names = [program.name for program in plan.programs]
   for name in only:
@@ -296,7 +296,8 @@ def _compiled(lowered: Any, target: Target, mesh, cache: Path | None):
   if cache is not None:
     versions = [importlib.metadata.version(x) for x in ("jax", "jaxlib", "libtpu")]
     flags = [os.environ.get(x, "") for x in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    parts = [target.topology, str(target.slices), str(dict(mesh.shape))]
+    places = [(device.id, device.process_index) for device in mesh.devices.flat]
+    parts = [target.topology, str(target.slices), str(dict(mesh.shape)), str(places)]
     text = "\n".join([*versions, *flags, *parts, lowered.as_text()])
     path = cache / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
     if path.is_file():

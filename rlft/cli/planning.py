@@ -25,6 +25,7 @@ from rlft.cli.grpo import GRPORun
 from rlft.cli.ppo import PPORun
 from rlft.cli.runs import ModelConfig, model_path
 from rlft.cli.sft import SFTRun
+from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards
 from rlft.models import families
@@ -190,8 +191,16 @@ class _OnPolicy:
     counts = method.prompts_per_iteration, method.samples_per_prompt
     parts = method.minibatches, method.micro_batches
     rollouts.check_rows(*counts, *parts, mesh)
-    self.shards = batch_shards(mesh)
+    # Each host samples prompts of its own, and feeds their rows; here is the first one.
+    self.share = hosts._share(mesh, mesh.devices.flat[0].process_index)
+    if counts[0] % self.share.of:
+      raise ConfigError(
+        f"prompts_per_iteration={counts[0]} cannot be shared equally by the "
+        f"{self.share.of} parts of the hosts: use a multiple of {self.share.of}"
+      )
+    self.own_shards = batch_shards(mesh) // self.share.of
     self.rows = counts[0] * counts[1]
+    self.own_rows = self.rows // self.share.of
     # As `generate` and `rollouts.region` have them; a test compares with a run.
     self.wide = bucket(prompt)
     self.capacity = min(bucket(method.max_new_tokens), config.max_positions)
@@ -273,17 +282,22 @@ class _OnPolicy:
   def _rollout(self) -> tuple[int, int]:
     """The weights as the sampler has them; prefill and decode.
 
+    Each host runs them on its own rows; here all are one program over the whole mesh,
+    which gives a chip the same work (libtpu compiles for no part of a pod).
+
     Returns:
       (rows in flight, bytes of a chip for their keys and values).
     """
     method, samples = self.method, self.method.samples_per_prompt
-    count = method.prompts_per_iteration
+    count, shards = method.prompts_per_iteration // self.share.of, self.own_shards
     model = self.model.clone(remat="none")
     params = self.shapes.params(model, model.dtype, rollout=True)
     slots = min(bucket(count, 1), max(1, method.max_rows // samples))
-    slots = -(-slots // self.shards) * self.shards
+    slots = -(-slots // shards) * shards
     group = max(1, min(slots // 4, PREFILL_TOKENS // self.wide))
-    group = -(-group // self.shards) * self.shards
+    group = -(-group // shards) * shards
+    runs, waves = -(-count // group), -(-count // slots)
+    slots, group = slots * self.share.of, group * self.share.of
     state = self.shapes.decode_state(model, slots, samples, self.wide, self.capacity)
     self.residents["rollout copy"] = chip_bytes(params)
     batch, int32 = prompts(group, self.wide), scalar(jnp.int32)
@@ -295,7 +309,7 @@ class _OnPolicy:
         "rollout",
         lambda: device.jit_insert.lower(model, params, state, batch, *address),
         ("rollout copy",),
-        -(-count // group),
+        runs,
         self.count.forward(group, self.wide, 0),
       ),
       Program(
@@ -303,7 +317,7 @@ class _OnPolicy:
         "rollout",
         lambda: device.jit_decode.lower(model, params, state, table, int32, int32),
         ("rollout copy",),
-        -(-count // slots),
+        waves,
         self.count.token(slots * samples, self.wide + self.capacity),
         turns=method.max_new_tokens,
       ),
@@ -329,9 +343,15 @@ class _OnPolicy:
 
   def _block(self) -> int:
     """Rows of a block, as `rollouts._start` takes them."""
-    size = min(self.rows, max(1, self.method.max_tokens // self.width))
-    size = -(-self.rows // -(-self.rows // size))
-    return -(-size // self.shards) * self.shards
+    return self._of_all(self.own_rows, self.method.max_tokens, self.width, even=True)
+
+  def _of_all(self, rows: int, max_tokens: int, width: int, even: bool) -> int:
+    """Rows of a block of all hosts, of which each gives as many of its own."""
+    of, shards = self.share.of, self.own_shards
+    size = min(rows, max(1, max_tokens // of // width))
+    if even:
+      size = -(-rows // -(-rows // size))
+    return -(-size // shards) * shards * of
 
   def _logp(self, name, holds, weights, lora) -> None:
     rows = self._block()
@@ -382,8 +402,7 @@ class _OnPolicy:
     every = choice.kind == "orm_dense"
     jitted = learned._jit_token_values if every else learned._jit_last_value
     width = bucket(self.wide + self.capacity)
-    rows = min(bucket(self.rows, 1), max(1, _REWARD_TOKENS // width))
-    rows = -(-rows // self.shards) * self.shards
+    rows = self._of_all(bucket(self.own_rows, 1), _REWARD_TOKENS, width, even=False)
     lower = functools.partial(jitted.lower, model, params)
     self._score("rewards", ("reward model",), lower, rows, width, (), 0)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from rlft.cli import planning
-from rlft.cli.abstract import grid
 from rlft.cli.compiling import OnProgram, Report, Target, compile_plan
 from rlft.core.errors import ConfigError
+from rlft.core.mesh import make_mesh
 from rlft.models.decoder import DecoderConfig
 
 CHUNK = 2048  # tokens of a chip whose logits are held at once; see `models.heads`
@@ -90,7 +90,7 @@ def rank(settings: planning.Run, target: Target, prompt: int) -> list[Candidate]
   for mesh in meshes(len(target.devices), target.slices):
     try:
       run = with_knobs(settings, mesh, 1, "none")
-      plan = planning.make_plan(run, grid(target.devices, *mesh), prompt)
+      plan = planning.make_plan(run, make_mesh(*mesh, target.devices), prompt)
     except ConfigError:  # the rows do not divide this mesh
       continue
     most = plan.rows // (mesh[0] * mesh[1])  # one row a chip and micro-batch
