@@ -46,6 +46,7 @@ from rlft.training.data import (
   encode_rows,
 )
 from rlft.training.optimizer import matches
+from rlft.training.saving import Saving
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +254,8 @@ def run(
   reward: Callable[[Rollout, Sequence[Example]], Reward] | None = None,
   orm: ORM | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  saving: Saving | None = None,
+  labels: Saving | None = None,
 ) -> RCRLResult:
   """Samples, labels and trains.
 
@@ -268,6 +271,8 @@ def run(
     orm: of `value="orm"`.
     on_event: called with ("sample" | "continue" | "train" | "round", values) for
       progress.
+    saving, labels: save the training and, in another directory, the labelled solutions;
+      and go on with what they have saved.
 
   Returns:
     `RCRLResult`.
@@ -276,6 +281,7 @@ def run(
     ConfigError, DataError: before any device work; and `DataError` when nothing can be
       labelled, nothing is GOOD, or no solution has a mark.
     RewardError: the reward or the judge raised, or gave what is no number.
+    StoppedError: the run was asked to stop, and what it has done is saved.
   """
   if not examples:
     raise DataError("no training prompts")
@@ -317,47 +323,52 @@ def run(
     given = reward(rollout, examples)
     return np.where(given.judged, given.value, np.nan).tolist()
 
-  ids = [e.id for e in examples]
-  count = config.samples_per_prompt
-  rollout = sample("sample", prompts, ids, count, config.max_new_tokens, 1)
-  verdicts = judge_all(judge, rollout.completions, examples)
-  stats = _sample_stats(rollout, verdicts)
-  outcome = outcomes(rollout, examples, verdicts)
-  kept = [
-    i
-    for i, text in enumerate(rollout.completions)
-    if rollout.finished[i] and text.strip()
-  ]
-  if not kept:
-    raise DataError(
-      f"none of {len(rollout.completions)} samples ended by itself with a text (cut by "
-      f"the length limit: {stats['truncated']:.1%}); use a longer max_new_tokens, a "
-      "stop string, or SFT first"
-    )
   split = functools.partial(_split, base, config)
-  found = split(
-    [(examples[i // count].prompt, _target(rollout, i, base)) for i in kept]
-  )
-  if config.labels == "step":
-    _check_marks(found, config, stats)
-  if config.value == "orm":
-    values = _orm_values(orm, found)
-  else:
-    values = [[outcome[i]] * len(ends) for i, (_, _, ends) in zip(kept, found)]
-  if config.value == "rollouts":
-    values = _continue(
-      policy, config, examples, prompts, sample, outcomes, kept, found, values, stats
-    )
 
-  solutions = []
-  for i, (prompt, tokens, ends), value in zip(kept, found, values):
-    if any(math.isnan(v) for v in value):
-      continue
-    labels = tuple(v >= config.threshold for v in value)
-    at, text = int(rollout.prompt_ids[i]), rollout.completions[i]
-    ends, value = tuple(ends), tuple(map(float, value))
-    solutions.append(Labelled(at, text, prompt, tokens, ends, value, labels))
-  stats |= {"not_judged": len(kept) - len(solutions), **_counts(solutions, "labelled")}
+  def labelled() -> tuple[list[Labelled], dict[str, Any]]:
+    ids = [e.id for e in examples]
+    count = config.samples_per_prompt
+    rollout = sample("sample", prompts, ids, count, config.max_new_tokens, 1)
+    verdicts = judge_all(judge, rollout.completions, examples)
+    stats = _sample_stats(rollout, verdicts)
+    outcome = outcomes(rollout, examples, verdicts)
+    kept = [
+      i
+      for i, text in enumerate(rollout.completions)
+      if rollout.finished[i] and text.strip()
+    ]
+    if not kept:
+      raise DataError(
+        f"none of {stats['samples']} samples ended by itself with a text (cut by the "
+        f"length limit: {stats['truncated']:.1%}); use a longer max_new_tokens, a stop "
+        "string, or SFT first"
+      )
+    found = split(
+      [(examples[i // count].prompt, _target(rollout, i, base)) for i in kept]
+    )
+    if config.labels == "step":
+      _check_marks(found, config, stats)
+    if config.value == "orm":
+      values = _orm_values(orm, found)
+    else:
+      values = [[outcome[i]] * len(ends) for i, (_, _, ends) in zip(kept, found)]
+    if config.value == "rollouts":
+      values = _continue(
+        policy, config, examples, prompts, sample, outcomes, kept, found, values, stats
+      )
+
+    solutions = []
+    for i, (prompt, tokens, ends), value in zip(kept, found, values):
+      if any(math.isnan(v) for v in value):
+        continue
+      labels = tuple(v >= config.threshold for v in value)
+      at, text = int(rollout.prompt_ids[i]), rollout.completions[i]
+      ends, value = tuple(ends), tuple(map(float, value))
+      solutions.append(Labelled(at, text, prompt, tokens, ends, value, labels))
+    stats["not_judged"] = len(kept) - len(solutions)
+    return solutions, stats | _counts(solutions, "labelled")
+
+  solutions, stats = _once(labelled, labels)
   rows = list(sft_rows) if config.mix_sft else []
   if not rows and not stats["labelled_good"]:
     raise DataError(
@@ -376,13 +387,15 @@ def run(
   ]
   good, bad = (label_id(conditioned, label) for label in (GOOD, BAD))
   data = [labelled_row(s, good, bad) for s in [*mixed, *solutions]]
-  result = sft.train(
-    conditioned,
-    data,
-    dataclasses.replace(config.train, seed=config.seed),
-    lambda step, of, metrics: tell("train", {"step": step, "of": of, **metrics}),
-  )
-  sampled = len(rollout.completions) + stats["continuations"]
+  trained = []
+
+  def on_step(step: int, of: int, metrics: dict[str, float]) -> None:
+    tell("train", {"step": step, "of": of, **metrics})
+    trained.append(step)
+
+  train = dataclasses.replace(config.train, seed=config.seed)
+  result = sft.train(conditioned, data, train, on_step, saving)
+  sampled = stats["samples"] + stats["continuations"]
   stats |= {
     "sampled_solutions": sampled,
     "train_rows": len(data),
@@ -391,11 +404,32 @@ def run(
     "update_tokens": result.update_tokens,
     "train_seconds": result.seconds,
   }
+  if not trained:  # all was done
+    tell("resume", {"updates": result.steps, "sampled_solutions": sampled, "rounds": 0})
   tell("round", stats)
   seconds = time.perf_counter() - began
   return RCRLResult(
     result.policy, stats, solutions, sampled, result.update_tokens, seconds
   )
+
+
+def _once(
+  labelled: Callable[[], tuple[list[Labelled], dict[str, Any]]], saving: Saving | None
+) -> tuple[list[Labelled], dict[str, Any]]:
+  """The labelled solutions and their statistics: made, or those that were saved."""
+  found = saving.restore({}) if saving is not None else None
+  if found is not None:
+    plain = lambda x: tuple(x) if isinstance(x, list) else x  # JSON has no tuples
+    rows = [{k: plain(x) for k, x in one.items()} for one in found.meta["solutions"]]
+    return [Labelled(**row) for row in rows], found.meta["stats"]
+  solutions, stats = labelled()
+  if saving is not None:
+    rows = [dataclasses.asdict(one) for one in solutions]
+    saving.checkpoints.save(1, {}, {"solutions": rows, "stats": stats})
+    saving.checkpoints.wait()
+    if saving.asked_to_stop():
+      saving.end("sampling and labelling")
+  return solutions, stats
 
 
 def _target(rollout: Rollout, row: int, base: Policy) -> str | tuple[int, ...]:

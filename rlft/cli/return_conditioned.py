@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import rlft
 from rlft.algorithms import return_conditioned as rc
@@ -22,10 +24,12 @@ from rlft.algorithms import sft
 from rlft.cli import config as configs
 from rlft.cli import runs, show
 from rlft.cli.progress import Events
-from rlft.cli.sft import evaluate_splits
+from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
+from rlft.cli.sft import evaluate_splits, train_first
 from rlft.core.errors import ConfigError
 from rlft.probes.evaluate import EvalConfig
 from rlft.sampling.generate import generate
+from rlft.training import metrics
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "learn from good and bad solutions, ask for good ones (return-conditioned RL)"
@@ -41,6 +45,8 @@ class RCRLRun:
     rcrl: the method.
     orm: of `rcrl.value="orm"`: the directory of an outcome model.
     sft_first: supervised training on the reference solutions before sampling.
+    checkpoint: when the training is saved. The same command goes on from there;
+      labelled solutions are saved as well, and `sft_first`.
     eval, eval_splits, eval_prompts: of the evaluation before and after.
   """
 
@@ -51,6 +57,7 @@ class RCRLRun:
   rcrl: rc.RCRLConfig = dataclasses.field(default_factory=rc.RCRLConfig)
   orm: str = ""
   sft_first: sft.SFTConfig | None = None
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=every_100_updates)
   eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -75,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
   policy = runs.make_policy(config.model, config.mesh)
   base = runs.make_policy(config.base, config.mesh) if config.base else None
   orm = orm_of(config.orm, policy) if config.orm else None
-  configs.write_resolved(workdir, config)
 
   def look(title: str, policy, sampler=generate) -> None:
     if not config.eval_prompts:
@@ -86,16 +92,19 @@ def run(args: argparse.Namespace) -> int:
       workdir / title.replace(" ", "_"), sampler,
     )  # fmt: skip
 
-  look("before", policy)
-  with MetricWriter(workdir) as writer, Events(writer) as on_event:
-    if config.sft_first is not None:
-      policy = sft.train(policy, rows, config.sft_first, on_event.on_step).policy
-      on_event.close()
-      look("after SFT", policy)
-    result = rc.run(
-      policy, train, judge, config.rcrl, base=base, sft_rows=rows, orm=orm,
-      on_event=on_event,
-    )  # fmt: skip
+  with saving(workdir, "return-conditioned", config, "update") as keep:
+    configs.write_resolved(workdir, config)
+    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
+      place = workdir / "labelled"
+      with saving(place, "labelled", config, "sampling", within=keep) as labels:
+        if config.sft_first is not None:
+          policy = train_first(policy, rows, config, workdir, labels, events, look)
+        elif not labels.checkpoints.steps():
+          look("before", policy)
+        result = rc.run(
+          policy, train, judge, config.rcrl, base=base, sft_rows=rows, orm=orm,
+          on_event=_without_repeats(events, workdir), saving=keep, labels=labels,
+        )  # fmt: skip
   rlft.save(result.policy, workdir / "model")
   with (workdir / "solutions.jsonl").open("w") as file:
     for solution in result.solutions:
@@ -113,6 +122,22 @@ def run(args: argparse.Namespace) -> int:
     f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"
   )
   return 0
+
+
+def _without_repeats(
+  events: Events, workdir: Path
+) -> Callable[[str, dict[str, Any]], None]:
+  """Leaves out the summary of a run that had nothing left to do, and had written it."""
+  done = False
+
+  def on_event(kind: str, values: dict[str, Any]) -> None:
+    nonlocal done
+    done = done or kind == "resume"
+    written = lambda: any("round/round" in line for line in metrics.read(workdir))
+    if not (kind == "round" and done and written()):
+      events(kind, values)
+
+  return on_event
 
 
 def orm_of(path: str, policy) -> rc.ORM:

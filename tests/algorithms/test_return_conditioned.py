@@ -66,7 +66,7 @@ def untrained(monkeypatch):
   """Training replaced by a recorder: what is decided before it is exact."""
   rows = []
 
-  def train(policy, data, config, on_step=None):
+  def train(policy, data, config, on_step=None, saving=None):
     rows.extend(data)
     return sft.SFTResult(policy, [1.0], 1, sum(sum(r.weight) for r in data), 0.0)
 

@@ -51,6 +51,21 @@ COMMANDS = {
     "eval_prompts": 0,
     "checkpoint.every": 1,
   },
+  "return-conditioned": {  # 4 updates, then about 10
+    "task.train": 8,
+    "sft_first.batch_size": 4,
+    "sft_first.epochs": 2,
+    "rcrl.labels": "step",
+    "rcrl.marks": "(',',)",
+    "rcrl.value": "rollouts",
+    "rcrl.continuations": 2,
+    "rcrl.samples_per_prompt": 4,
+    "rcrl.max_new_tokens": 24,
+    "rcrl.max_rows": 32,
+    "rcrl.train.batch_size": 4,
+    "eval_prompts": 0,
+    "checkpoint.every": 2,
+  },
   "dpo": {"dpo.batch_size": 4, "dpo.lora.rank": 2, "checkpoint.every": 3},
   "reward-model": {"train.batch_size": 4, "checkpoint.every": 3},
 }
@@ -292,6 +307,26 @@ def test_expert_iteration_survives_signals(tmp_path):
   code, said = finish(start(broken, command=command))
   assert code == 0 and "going on after half-round 3" in said
   same(straight, broken)
+
+
+def test_return_conditioned_survives_signals(tmp_path):
+  """After its supervised stage: while it continues samples, after that, and trains."""
+  command = "return-conditioned"
+  straight, broken = tmp_path / "straight", tmp_path / "broken"
+  code, said = finish(start(straight, command=command))
+  assert code == 0, said
+  record = metrics.read(straight)
+  assert [line["step"] for line in record[:-1]] == list(range(1, len(record)))
+  assert record[-1]["step"] == len(record) - 1 and "round/round" in record[-1]
+  assert go(broken, command, signal.SIGKILL, "continue", 1)[0] == -signal.SIGKILL
+  code, said = go(broken, command, signal.SIGTERM, "sample", 1)
+  assert code == 75 and "after sampling and labelling" in said
+  code, said = go(broken, command, signal.SIGKILL, "train", 5)
+  assert code == -signal.SIGKILL and "continue" not in said
+  for _ in range(2):  # of a finished run nothing is written again
+    code, said = finish(start(broken, command=command))
+    assert code == 0 and "broken: going on after update" in said
+    same(straight, broken)
 
 
 def test_settings_of_supervised_training_may_change_but_not_its_model(tmp_path):
