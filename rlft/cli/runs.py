@@ -31,11 +31,18 @@ MINI = Path(__file__).parent.parent / "assets" / "mini"
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Sizes of the mesh; -1 takes the devices that the others leave."""
+  """Sizes of the mesh; -1 takes the devices that the others leave.
+
+  Attributes:
+    data, fsdp, tensor: see `core.mesh.make_mesh`.
+    devices: how many there must be, on all hosts together: a run that finds fewer ends
+      before it trains something else than was meant; 0 takes any number.
+  """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  devices: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +94,13 @@ class TaskConfig:
 
 def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
   """Loads the model, or makes one from random weights, on the mesh."""
-  grid = (
-    make_mesh(mesh.data, mesh.fsdp, mesh.tensor) if jax.device_count() > 1 else None
-  )
+  found = jax.device_count()
+  if mesh.devices and mesh.devices != found:
+    raise ConfigError(
+      f"{mesh.devices} devices are expected (mesh.devices), and there are {found}, on "
+      f"{jax.process_count()} hosts: look for one that did not start, or set the number"
+    )
+  grid = make_mesh(mesh.data, mesh.fsdp, mesh.tensor) if found > 1 else None
   if config.decoder is None:
     return load(model_path(config.path), mesh=grid, dtype=config.dtype)
   from rlft.tasks.tokenizer import word_tokenizer
