@@ -72,13 +72,16 @@ def rollout_layout(
   scan = model.scan and platform == "tpu"
   target = model.clone(dtype=dtype, scan=scan, remat="none")
   if model.mesh is not None and model.mesh.size > 1:
+    if leaf.dtype != dtype:
+      # Before they move: else float32 is sent, and held once more in the new layout.
+      params = _convert(params, dtype, 0)
     layout = tree_shardings(
       model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
     )
     params = hosts.on_own_devices(jax.device_put(params, layout), model.mesh)
     target = target.clone(mesh=hosts.share(model.mesh).mesh)
   unstack = model.scan and not scan
-  if unstack or leaf.dtype != dtype:
+  if unstack or jax.tree.leaves(params)[0].dtype != dtype:
     params = _convert(params, dtype, model.config.layers if unstack else 0)
   return target, params
 

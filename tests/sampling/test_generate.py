@@ -17,12 +17,12 @@ import transformers
 
 import rlft
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.mesh import make_mesh
+from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.rng import Purpose
 from rlft.models import hub
-from rlft.models.decoder import init_params
+from rlft.models.decoder import init_params, param_axes, param_shapes
 from rlft.sampling import decode, generate, score
-from rlft.sampling.generate import compilations
+from rlft.sampling.generate import compilations, rollout_layout
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -620,3 +620,25 @@ def test_every_mesh_samples_the_same_tokens(policy, on_no_mesh, shape):
     local = kernel.addressable_shards[0].data.shape
     # Split by tensor alone: no weight is gathered for a token.
     assert local == (kernel.shape[0], kernel.shape[1] // shape[2])
+
+
+def test_rollout_weights_are_cast_before_they_move(policy, monkeypatch):
+  """What crosses the network, and lies twice on a chip, is bfloat16."""
+  moved = []
+  put = jax.device_put
+
+  def watch(tree, *more):
+    moved.extend(x.dtype for x in jax.tree.leaves(tree))
+    return put(tree, *more)
+
+  mesh = make_mesh(2, 2, 2)
+  model = policy.model.clone(mesh=mesh)
+  layout = tree_shardings(mesh, param_axes(model), param_shapes(model))
+  params = jax.device_put(policy.params, layout)
+  monkeypatch.setattr(jax, "device_put", watch)
+  target, out = rollout_layout(model, params, jnp.bfloat16)
+  assert moved and set(moved) == {jnp.dtype(jnp.bfloat16)}
+  assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+  assert not target.scan and "layer_0" in out
+  q = out["layer_0"]["attention"]["q"]["kernel"]
+  assert q.addressable_shards[0].data.shape == (q.shape[0], q.shape[1] // 2)
