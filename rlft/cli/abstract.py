@@ -66,6 +66,8 @@ class Shapes:
   def rows(self, *shape: int, dtype: Any = jnp.int32) -> Shape:
     """An array whose first axis is the batch."""
     axes = ("batch",) + (None,) * (len(shape) - 1)
+    if 0 in shape:  # jax gives what has no elements back whole
+      axes = (None,) * len(shape)
     return Shape(shape, dtype, sharding=sharding(self.mesh, axes, shape))
 
   def params(self, model: Decoder, dtype: Any, rollout: bool = False) -> dict:

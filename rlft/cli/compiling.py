@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -307,8 +308,11 @@ def _compiled(lowered: Any, target: Target, mesh, cache: Path | None):
         path.unlink()  # damaged: made again
   began = time.perf_counter()
   found: dict[str, Any] = {}
+  dump = tempfile.TemporaryDirectory(prefix="rlft_plan_")
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(
+      compiler_options={"xla_dump_to": dump.name, "xla_dump_hlo_as_text": True}
+    )
   except jax.errors.JaxRuntimeError as error:
     sizes = _NEEDS.search(str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
@@ -318,7 +322,12 @@ def _compiled(lowered: Any, target: Target, mesh, cache: Path | None):
   else:
     stats = compiled.memory_analysis()
     found |= {name: getattr(stats, field) for name, field in _STATS.items()}
-    found["text"] = compiled.as_text()
+    # As the compiler wrote it: `compiled.as_text()` of jaxlib 0.10.2 cannot read what
+    # libtpu 0.0.52 gives for a chip with sparse cores.
+    (file,) = Path(dump.name).glob("*.after_optimizations.txt")
+    found["text"] = file.read_text()
+  finally:
+    dump.cleanup()
   found["seconds"] = time.perf_counter() - began
   if path is not None:
     cache.mkdir(parents=True, exist_ok=True)

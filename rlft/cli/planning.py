@@ -9,12 +9,12 @@ Letters: B rows, T tokens, C completion columns, P prompt columns, S slots, K sa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -48,7 +48,8 @@ class Program:
 
   Attributes:
     name, phase: "decode" of "rollout", and so on.
-    lower: gives the `jax.stages.Lowered`.
+    function: the jitted function.
+    arguments, keywords: shapes, and what is static.
     holds: names of the residents that its arguments hold.
     runs: how often an iteration runs it.
     model_flops: of one run on all chips, by hand (see `estimates`); where a loop has no
@@ -58,11 +59,17 @@ class Program:
 
   name: str
   phase: str
-  lower: Callable[[], Any]
+  function: Any
+  arguments: tuple
   holds: tuple[str, ...]
   runs: int
   model_flops: float
   turns: int = 1
+  keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def lower(self) -> Any:
+    """The `jax.stages.Lowered`."""
+    return self.function.lower(*self.arguments, **self.keywords)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +169,8 @@ def _plan_sft(run: SFTRun, config: DecoderConfig, mesh: Mesh) -> Plan:
   program = Program(
     "train step",
     "update",
-    lambda: step.lower(state, batch),
+    step,
+    (state, batch),
     ("policy", "Adam of policy"),
     1,
     3 * Counter(config).forward(rows, width, width),
@@ -227,6 +235,8 @@ class _OnPolicy:
     base, loss = None, method.loss
     if method.lora is not None:
       params, base = {"lora": shapes.lora(model, start, method.lora)}, start
+      # While it samples: the base with its adapters merged in.
+      self.residents["merged policy"] = chip_bytes(start)
     if self.ppo and method.value == "shared":
       params["head"] = shapes.head(self.config)
     state = shapes.state(params, method.optimizer)
@@ -262,7 +272,8 @@ class _OnPolicy:
     self._update(
       "policy step",
       ("Adam of policy", *own),
-      lambda: step.lower(state, batch, base, scalar(jnp.float32)),
+      step,
+      (state, batch, base, scalar(jnp.float32)),
       self.columns,
       trained=1 if base is None else 0,
     )
@@ -303,11 +314,18 @@ class _OnPolicy:
     batch, int32 = prompts(group, self.wide), scalar(jnp.int32)
     address = scalar(jnp.uint32), int32, int32
     table = rules(self.config.vocab_size)
+    # `rollout_layout` casts, then moves; the cast sends nothing and holds less.
+    cast = self.shapes.params(model, model.dtype)
+    layout = jax.tree.map(lambda x: x.sharding, params)
+    move = jax.jit(lambda tree: tree, out_shardings=layout)
+    copy = ("rollout copy",)
     self.programs += [
+      Program("rollout copy", "rollout", move, (cast,), copy, 1, 0.0),
       Program(
         "prefill",
         "rollout",
-        lambda: device.jit_insert.lower(model, params, state, batch, *address),
+        device.jit_insert,
+        (model, params, state, batch, *address),
         ("rollout copy",),
         runs,
         self.count.forward(group, self.wide, 0),
@@ -315,7 +333,8 @@ class _OnPolicy:
       Program(
         "decode",
         "rollout",
-        lambda: device.jit_decode.lower(model, params, state, table, int32, int32),
+        device.jit_decode,
+        (model, params, state, table, int32, int32),
         ("rollout copy",),
         waves,
         self.count.token(slots * samples, self.wide + self.capacity),
@@ -326,18 +345,22 @@ class _OnPolicy:
     stored = cache.prompt_k, cache.prompt_v, cache.k, cache.v
     return slots * samples, chip_bytes(stored)
 
-  def _score(self, name, holds, jitted, rows, width, arguments, heads) -> None:
-    """A score program on blocks of rows: (tokens, mask) then `arguments`."""
+  def _score(
+    self, name, holds, function, lead, rows, width, heads, more=(), **keywords
+  ) -> None:
+    """A score program on a block of rows: (*lead, tokens, mask, *more)."""
     row = self.shapes.rows
-    lead = row(rows, width), row(rows, width, dtype=jnp.bool_)
+    block = row(rows, width), row(rows, width, dtype=jnp.bool_)
     self.programs.append(
       Program(
         name,
         "score",
-        lambda: jitted(*lead, *arguments),
+        function,
+        (*lead, *block, *more),
         holds,
         -(-self.rows // rows),
         self.count.forward(rows, width, heads),
+        keywords=keywords,
       )
     )
 
@@ -355,11 +378,12 @@ class _OnPolicy:
 
   def _logp(self, name, holds, weights, lora) -> None:
     rows = self._block()
-    jitted = functools.partial(
-      rollouts._logp_block.lower, self.model, weights, lora, columns=self.columns
-    )
-    arguments = self.shapes.rows(rows), scalar(jnp.float32)
-    self._score(name, holds, jitted, rows, self.width, arguments, self.columns)
+    more = self.shapes.rows(rows), scalar(jnp.float32)
+    lead, heads = (self.model, weights, lora), self.columns
+    self._score(
+      name, holds, rollouts._logp_block, lead, rows, self.width, heads, more,
+      columns=self.columns,
+    )  # fmt: skip
 
   def _values(self, state, base, own) -> tuple | None:
     """Scores of the value model; (model, state) of a separate one."""
@@ -381,10 +405,10 @@ class _OnPolicy:
       params, holds = trained[1].params, ("value",)
       self._state("value", trained[1])
     rows = self._block()
-    jitted = functools.partial(
-      rollouts._value_block.lower, model, params, columns=self.columns
-    )
-    self._score("values", holds, jitted, rows, self.width, (shapes.rows(rows),), 0)
+    self._score(
+      "values", holds, rollouts._value_block, (model, params), rows, self.width, 0,
+      (shapes.rows(rows),), columns=self.columns,
+    )  # fmt: skip
     return trained
 
   def _other(self, path: str) -> Decoder:
@@ -403,8 +427,7 @@ class _OnPolicy:
     jitted = learned._jit_token_values if every else learned._jit_last_value
     width = bucket(self.wide + self.capacity)
     rows = self._of_all(bucket(self.own_rows, 1), _REWARD_TOKENS, width, even=False)
-    lower = functools.partial(jitted.lower, model, params)
-    self._score("rewards", ("reward model",), lower, rows, width, (), 0)
+    self._score("rewards", ("reward model",), jitted, (model, params), rows, width, 0)
 
   def _batch(self, *names: str, **there: bool) -> rollouts.RLBatch:
     """A minibatch, with the optional fields that are named."""
@@ -429,16 +452,15 @@ class _OnPolicy:
     )
     batch = self._batch("returns", "old_value")
     holds = ("value", "Adam of value")
-    self._update("value step", holds, lambda: step.lower(state, batch), 0)
+    self._update("value step", holds, step, (state, batch), 0)
 
-  def _update(self, name, holds, lower, heads: int, trained: int = 1) -> None:
+  def _update(self, name, holds, step, arguments, heads, trained: int = 1) -> None:
     method = self.method
     rows = self.rows // method.minibatches
     # Backward: gradients of activations and, unless frozen, of weights.
     flops = (2 + trained) * self.count.forward(rows, self.width, heads)
-    self.programs.append(
-      Program(name, "update", lower, holds, method.epochs * method.minibatches, flops)
-    )
+    runs = method.epochs * method.minibatches
+    self.programs.append(Program(name, "update", step, arguments, holds, runs, flops))
 
 
 def name_of(run: Run) -> str:

@@ -54,7 +54,7 @@ def print_report(report: Report, target: Target) -> None:
         one.runs,
         one.flops / 1e12,
         one.model_flops / chips / 1e12,
-        one.flops / (one.model_flops / chips),
+        one.flops / (one.model_flops / chips) if one.model_flops else None,
         one.hbm_bytes / 1e9,
         sum(x for _, _, x in one.collectives) / 1e9,
         one.compute,

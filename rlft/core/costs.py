@@ -39,7 +39,7 @@ _STARTS = '"AsyncCollectiveStart"'
 _FREE = {
   "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all",
   "opt-barrier", "partition-id", "replica-id", "copy-done", "slice-done", "async-done",
-  "domain", "while", "conditional", "call",
+  "async-update", "domain", "while", "conditional", "call",
 }  # fmt: skip
 
 
@@ -232,6 +232,9 @@ class _Counter:
     if code in _FREE or code.endswith("-done"):
       return 0.0
     operands = [scope[name] for name in one.operands if name in scope]
+    if code == "async-start":
+      inner = self.computations.get(one.attribute("calls") or "", {})
+      return sum(self._traffic(inner, part) for part in inner.values())
     if code == "fusion":
       name = one.attribute("calls")
       read = sum(
