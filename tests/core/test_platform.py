@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -64,19 +65,62 @@ def test_jax_starts_on_this_machine_without_a_word():
   assert (done.returncode, done.stderr) == (0, "")
 
 
+def joined(environ):
+  """What `join` asks jax for; None when it leaves jax alone."""
+  asked = []
+  platform.join(environ, lambda **words: asked.append(words))
+  return asked[0] if asked else None
+
+
+def test_alone_without_a_coordinator():
+  assert joined({}) is None
+  assert joined({"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "1"}) is None
+
+
+def test_launchers_words_reach_jax(capsys):
+  default = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 60}
+  assert joined({"RLFT_COORDINATOR": "auto"}) == default
+  environ = {
+    "RLFT_COORDINATOR": "host-0:8476",
+    "RLFT_NUM_PROCESSES": "4",
+    "RLFT_PROCESS_ID": "3",
+    "RLFT_JOIN_TIMEOUT": "20",
+    "RLFT_HEARTBEAT": "10",
+  }
+  assert joined(environ) == {
+    "coordinator_address": "host-0:8476",
+    "num_processes": 4,
+    "process_id": 3,
+    "cluster_detection_method": "deactivate",
+    "initialization_timeout": 20,
+    "heartbeat_timeout_seconds": 10,
+  }
+  waits = "process 3: waiting up to 20 s for 4 processes at host-0:8476"
+  assert waits in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-  ("environ", "found", "refused"),
+  ("changes", "named"),
   [
-    ({}, 8, False),  # nobody is asked
-    ({"RLFT_COORDINATOR": "auto"}, 1, False),
-    ({"RLFT_COORDINATOR": "auto"}, 8, True),
-    ({"RLFT_COORDINATOR": "h:1"}, 8, False),
-    ({"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "1"}, 8, False),
-    ({"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "2"}, 1, True),
+    ({"RLFT_PROCESS_ID": "2"}, "RLFT_PROCESS_ID=2"),
+    ({"RLFT_PROCESS_ID": "-1"}, "RLFT_PROCESS_ID='-1'"),
+    ({"RLFT_NUM_PROCESSES": "two"}, "RLFT_NUM_PROCESSES='two'"),
+    ({"RLFT_NUM_PROCESSES": "0"}, "RLFT_NUM_PROCESSES='0'"),
+    ({"RLFT_COORDINATOR": "host"}, "HOST:PORT"),
+    ({"RLFT_HEARTBEAT": "0"}, "RLFT_HEARTBEAT='0'"),
   ],
 )
-def test_several_processes_are_refused(environ, found, refused):
-  if not refused:
-    return platform.check_hosts(environ, lambda: found)
-  with pytest.raises(ConfigError, match="one host"):
-    platform.check_hosts(environ, lambda: found)
+def test_what_cannot_be_joined_is_named(changes, named):
+  environ = {"RLFT_COORDINATOR": "h:1", "RLFT_NUM_PROCESSES": "2"} | changes
+  with pytest.raises(ConfigError, match=named):
+    joined(environ)
+
+
+def test_sigterm_ends_a_process_that_has_joined():
+  """jax takes the signal for itself, and a process that loads a model ignores it."""
+  before = signal.signal(signal.SIGTERM, lambda *_: None)
+  try:
+    joined({"RLFT_COORDINATOR": "auto"})
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  finally:
+    signal.signal(signal.SIGTERM, before)
