@@ -42,6 +42,7 @@ from rlft.objectives.estimates import bootstrap_interval
 from rlft.sampling.score import token_logp
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, grouped, place
+from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.pairs import PairBatch, TokenPair, collate_pairs, encode_pairs
@@ -336,7 +337,7 @@ def train(
     ConfigError, DataError: before any device work.
     StoppedError: `saving` was asked to stop, and the state is saved.
     DivergenceError: the first loss is not that of a policy which is its reference, or
-      a loss is not finite.
+      losses are not finite.
   """
   began = time.perf_counter()
   check(policy, config, reference)
@@ -407,12 +408,8 @@ def train(
       yield place(DPOBatch(batch, ref_B2), start.model.mesh)
 
   def report(update: int, of: int, metrics: dict[str, float]) -> None:
-    if update == 1 and reference is None:
+    if update == 1 and reference is None and not metrics["skipped"]:
       check_first_update(metrics["loss"], config)
-    if not math.isfinite(metrics["loss"]):
-      raise DivergenceError(
-        f"update {update}: the loss is {metrics['loss']}; lower the learning rate"
-      )
     if on_step is not None:
       on_step(update, of, metrics)
 
@@ -422,6 +419,7 @@ def train(
     epoch_of,
     per_epoch,
     planned,
+    Guard(config.optimizer, policy.tokenizer),
     curves=("loss", "accuracy", "margin"),
     on_step=report,
     saving=saving,

@@ -47,7 +47,6 @@ from rlft.training import rollouts
 from rlft.training.iterations import (
   RLResult,
   Updater,
-  check_finite,
   check_run,
   loop,
 )
@@ -338,7 +337,7 @@ def run(
     ConfigError, DataError: before any device work.
     RewardError: of the reward.
     DivergenceError: the first update contradicts what must hold of a first update, or
-      a loss is not finite.
+      losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
   examples = check_run(policy, examples, config, reference)
@@ -370,6 +369,7 @@ class _Run:
       start.model, _static_loss(config), config.optimizer, config.micro_batches
     )
     self.updater = Updater(self.trainee, self.step, config, reference)
+    self.guards = [self.updater.guard]
     self.draws = 0
 
   def arrays(self) -> dict[str, Any]:
@@ -483,8 +483,8 @@ class _Run:
       for name, (total, count) in found.items()
     }
     some_B = advantage_B[trained_B] if trained_B.any() else np.zeros(1)
-    stats["advantage/mean"] = float(some_B.mean())
-    stats["advantage/std"] = float(some_B.std())
+    stats["advantage/mean"] = float(some_B.mean(dtype=np.float64))
+    stats["advantage/std"] = float(some_B.std(dtype=np.float64))
     advantage_B = hosts.own_part(advantage_B, self.mesh)
     batch = RLBatch(
       tokens=rows.tokens,
@@ -509,11 +509,12 @@ class _Run:
         batch, config.minibatches, config.seed, index, epoch, self.mesh
       )
       for part in parts:
-        means.add(self.updater.update(part))
         done += 1
+        name = f"iteration {index}, update {done} of {of}"
+        means.add(self.updater.update(part, name))
         tell("train", {"step": done, "of": of})
     stats = means.read() | self.updater.first_mismatch(means)
-    check_finite(index, stats, "loss")
+    stats["update/skipped"] = stats.pop("skipped")
     return stats
 
 

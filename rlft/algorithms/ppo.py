@@ -42,10 +42,10 @@ from rlft.objectives import policy as policies
 from rlft.objectives import value as values
 from rlft.sampling.score import completion_hidden, hidden_logp
 from rlft.training import rollouts
+from rlft.training.divergence import Guard
 from rlft.training.iterations import (
   RLResult,
   Updater,
-  check_finite,
   check_run,
   loop,
 )
@@ -435,7 +435,7 @@ def run(
     ConfigError, DataError: before any device work.
     RewardError: of the reward.
     DivergenceError: the first update contradicts what must hold of a first update, or
-      a loss is not finite.
+      losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
   examples = check_run(policy, examples, config, reference)
@@ -494,6 +494,7 @@ class _Run:
       start.model, loss, config.optimizer, config.micro_batches
     )
     self.updater = Updater(self.trainee, self.step, config, reference)
+    self.guards = [self.updater.guard]
     self.value = self.value_state = None
     if not shared:
       value = value or scalars.init_scalar(policy, init="zero")
@@ -505,6 +506,8 @@ class _Run:
       self.value_step = make_value_step(
         model, loss, config.value_optimizer, config.micro_batches
       )
+      self.critic_guard = Guard(config.value_optimizer, policy.tokenizer, "value model")
+      self.guards.append(self.critic_guard)
     self.kl_coef = config.kl_coef
 
   def arrays(self) -> dict[str, Any]:
@@ -574,7 +577,7 @@ class _Run:
     stats |= updates
     stats["kl/coef"] = self.kl_coef
     # A policy that stood still (warm-up, no judgement) says nothing of the coefficient.
-    if config.kl_target and trained:
+    if config.kl_target and trained and np.isfinite(stats["kl/sequence"]):
       self.kl_coef = float(
         kl.adaptive_kl_coef(
           self.kl_coef,
@@ -645,16 +648,19 @@ class _Run:
       )
       for part in parts:
         done += 1
+        name = f"iteration {index}, update {done} of {of}"
         if self.value_state is not None:
           self.value_state, metrics = self.value_step(self.value_state, part)
           critic.add(metrics)
+          self.critic_guard.add(name, metrics, part)
         if index >= config.critic_warmup:
-          means.add(self.updater.update(part))
+          means.add(self.updater.update(part, name))
         tell("train", {"step": done, "of": of})
     stats = means.read() | self.updater.first_mismatch(means)
+    if "skipped" in stats:
+      stats["update/skipped"] = stats.pop("skipped")
     stats |= {
       name if name.startswith("value") else f"value/{name}": x
       for name, x in critic.read().items()
     }
-    check_finite(index, stats, "loss", "value/loss")
     return stats

@@ -35,6 +35,7 @@ from rlft.objectives.supervised import binary_cross_entropy
 from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, encode_rows
+from rlft.training.divergence import Guard
 from rlft.training.epochs import Fitted, fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.outcomes import (
@@ -346,6 +347,7 @@ def _fit(
     epoch_of,
     per_epoch,
     planned,
+    Guard(config.optimizer, start.tokenizer),
     curves=("loss", "accuracy"),
     on_step=on_step,
     saving=saving,

@@ -32,6 +32,7 @@ from rlft.training.data import (
   encode_prompts,
   encode_rows,
 )
+from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.saving import Saving
@@ -203,6 +204,7 @@ def train(
     ),
     batches_per_epoch,
     planned,
+    Guard(config.optimizer, policy.tokenizer),
     tokens_of=lambda batch: int(batch.weight.sum()),
     budget=config.update_tokens,
     on_step=on_step,

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from rlft.cli import config as configs
 from rlft.core import hosts, watchdog
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, DivergenceError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
 from rlft.training.saving import Saving
 
@@ -59,6 +60,8 @@ class CheckpointConfig:
       raise ConfigError(f"step_deadline={self.step_deadline}: 0 (off) or positive")
 
 
+DIVERGED = "diverged.npz"
+
 # Updates are faster than iterations: of supervised training.
 every_100_updates = functools.partial(CheckpointConfig, every=100)
 
@@ -83,6 +86,7 @@ def saving(
 
   Raises:
     CheckpointError: another process runs there, or it cannot be written.
+    DivergenceError: of the run, which names the file that its batch was written to.
   """
   settings = configs.redact(configs.dump(config))
 
@@ -103,6 +107,7 @@ def saving(
     ) as checkpoints,
     _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
     _watched(keep.step_deadline if within is None else 0),
+    _batch_kept(workdir),
   ):
     yield Saving(
       checkpoints,
@@ -111,6 +116,24 @@ def saving(
       stop=stop,
       on_restore=on_restore,
     )
+
+
+@contextlib.contextmanager
+def _batch_kept(workdir: Path) -> Iterator[None]:
+  """Writes the batch that a run diverged on: arrays, and rows that people can read.
+
+  Of several processes the first writes, and its own rows.
+  """
+  try:
+    yield
+  except DivergenceError as error:
+    if not error.arrays:
+      raise
+    path = workdir / DIVERGED
+    if hosts.first():
+      np.savez(path, **error.arrays)
+      path.with_suffix(".txt").write_text(f"{error}\n\n{error.text}")
+    raise DivergenceError(f"{error}. The batch is in {path} and .txt") from error
 
 
 def _watched(deadline: float) -> contextlib.AbstractContextManager[None]:

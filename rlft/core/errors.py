@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class RlftError(ValueError):
   """Base of every error that rlft raises on purpose.
@@ -31,4 +34,15 @@ class StoppedError(RlftError):
 
 
 class DivergenceError(RlftError):
-  """A number of training has left the values that are possible; names it."""
+  """A number of training has left the values that are possible; names it.
+
+  Attributes:
+    arrays: {name: array} of the batch it was seen on; {} where it is of none.
+    text: the rows of that batch, readable.
+  """
+
+  def __init__(
+    self, message: str, arrays: Mapping[str, Any] | None = None, text: str = ""
+  ):
+    super().__init__(message)
+    self.arrays, self.text = dict(arrays or {}), text

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from rlft.training.divergence import Guard
 from rlft.training.saving import Saving
 from rlft.training.step import TrainState
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -26,6 +30,7 @@ class Fitted:
     state: after the last one.
     curves: name -> its value in every update.
     updates, tokens: how many, and `tokens_of` of their batches.
+    skipped: updates that were not made, as their numbers were not finite.
     earlier: seconds of the runs that this one went on from.
   """
 
@@ -33,6 +38,7 @@ class Fitted:
   curves: dict[str, list[float]]
   updates: int
   tokens: int
+  skipped: int
   earlier: float
 
 
@@ -43,6 +49,7 @@ class _Progress:
   curves: dict[str, list[float]]
   updates: int = 0
   tokens: int = 0
+  skipped: int = 0
   seconds: float = 0.0
 
 
@@ -52,6 +59,7 @@ def fit(
   epoch_of: Callable[[int], Iterator[Any]],
   per_epoch: int,
   planned: int,
+  guard: Guard,
   *,
   curves: Sequence[str] = ("loss",),
   tokens_of: Callable[[Any], int] = lambda batch: 0,
@@ -67,6 +75,7 @@ def fit(
     epoch_of: the batches of an epoch, by its index alone.
     per_epoch: batches of an epoch.
     planned: updates to make.
+    guard: of what is trained; ends the run where its numbers are not finite.
     curves: metrics of which every update's value is kept.
     tokens_of: a batch's tokens in the loss.
     budget: ends the run with the update that has brought the tokens to so many, instead
@@ -78,6 +87,7 @@ def fit(
       is that of `state`, so that more or fewer updates can be asked for.
 
   Raises:
+    DivergenceError: of the guard, after `on_step` has had the update's metrics.
     StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
@@ -88,12 +98,15 @@ def fit(
     progress = _Progress(**found.meta)
   earlier = progress.seconds
 
-  def report(update: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+  def report(update: int, metrics: Mapping[str, Any], batch: Any) -> dict[str, float]:
     metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    progress.skipped += int(metrics["skipped"])
     for name, values in progress.curves.items():
       values.append(metrics[name])
     if on_step is not None:
       on_step(update, max(planned, update), metrics)
+    guard.add(f"update {update}", metrics, batch)
+    guard.check()
     return metrics
 
   def over() -> bool:
@@ -107,7 +120,7 @@ def fit(
       report(*waiting)
     progress.updates += 1
     progress.tokens += tokens_of(batch)
-    waiting = progress.updates, metrics
+    waiting = progress.updates, metrics, batch
     stop = saving is not None and saving.asked_to_stop()
     due = saving is not None and (stop or progress.updates % saving.every == 0)
     if not (due or over()):
@@ -121,7 +134,20 @@ def fit(
       saving.end(f"update {progress.updates} of {max(planned, progress.updates)}")
   if saving is not None:
     saving.checkpoints.wait()
-  return Fitted(state, progress.curves, progress.updates, progress.tokens, earlier)
+  if progress.skipped:
+    log.warning(
+      "%d of %d updates had numbers that were not finite, and were skipped",
+      progress.skipped,
+      progress.updates,
+    )
+  return Fitted(
+    state,
+    progress.curves,
+    progress.updates,
+    progress.tokens,
+    progress.skipped,
+    earlier,
+  )
 
 
 def _from(

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlft.core.errors import ConfigError, DataError, DivergenceError, StoppedError
+from rlft.core.errors import ConfigError, DataError, StoppedError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
 from rlft.training import facts, rollouts
+from rlft.training.divergence import Guard
 from rlft.training.optimizer import check_patterns
 from rlft.training.rollouts import Region
 from rlft.training.saving import Saving
@@ -91,6 +92,7 @@ class State(Protocol):
   """What trains, and all that its next iteration depends on but its index."""
 
   trainee: Trainee
+  guards: Sequence[Guard]
 
   def arrays(self) -> Any:
     """A tree of arrays; its structure never changes."""
@@ -137,6 +139,7 @@ def loop(
     saving: saves the run, and goes on with what it has saved.
 
   Raises:
+    DivergenceError: of a guard, after `tell` has had the iteration's metrics.
     StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began = time.perf_counter()
@@ -172,6 +175,8 @@ def loop(
         best, progress.best_score = current, score
     progress.iterations.append(stats)
     tell("iteration", stats)
+    for guard in state.guards:
+      guard.check()  # its numbers are on record, and nothing of it is saved
     progress.seconds = before + time.perf_counter() - began
     stop = saving is not None and saving.asked_to_stop()
     if saving is not None and (last or stop or done % saving.every == 0):
@@ -205,6 +210,7 @@ class Updater:
     measured: whether the mismatch of this iteration was measured by the scorer.
     begun: whether the policy has been updated. Before that it is its reference, and
       its ratios are 1: both are asserted.
+    guard: of its updates.
   """
 
   def __init__(self, trainee: Trainee, step, config: Any, reference: Policy | None):
@@ -216,6 +222,7 @@ class Updater:
       self.reference = dataclasses.replace(reference, model=model)
     self.recompute = config.old_logp == "recompute"
     self.measured = self.begun = False
+    self.guard = Guard(config.optimizer, trainee.start.tokenizer)
 
   def notes(self) -> dict[str, bool]:
     """What the next iteration depends on."""
@@ -275,24 +282,15 @@ class Updater:
     error = first.get("mult_prob_error")
     return {} if error is None else {"mismatch/token_mult_prob_error": error}
 
-  def update(self, part: rollouts.RLBatch) -> Mapping[str, Any]:
-    """One update of the policy; its metrics, still on the device."""
+  def update(self, part: rollouts.RLBatch, name: str) -> Mapping[str, Any]:
+    """One update of the policy, of this name; its metrics, still on the device."""
     trainee, config = self.trainee, self.config
     trainee.state, metrics = self.step(
       trainee.state, part, trainee.base, np.float32(config.temperature)
     )
-    if not self.begun:
+    self.guard.add(name, metrics, part)
+    if not self.begun and not metrics["skipped"]:
       measured = config.old_logp != "sampler"
       facts.check_first_update(metrics, config.compute_dtype, measured)
       self.begun = True
     return metrics
-
-
-def check_finite(index: int, stats: Mapping[str, float], *names: str) -> None:
-  """Raises `DivergenceError` when one of these losses is not finite."""
-  for name in names:
-    if not np.isfinite(stats.get(name, 0.0)):
-      raise DivergenceError(
-        f"iteration {index}: {name} is {stats[name]}; lower the learning rate, or "
-        "look for what the reward gave"
-      )

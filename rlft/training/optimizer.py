@@ -32,6 +32,8 @@ class OptimizerConfig:
     no_decay: parameters without weight decay: patterns searched in paths such as
       "layers/attention/q/kernel".
     freeze: parameters that do not move, and have no optimiser state.
+    max_nonfinite: an update whose loss or gradient is not finite is skipped; so many in
+      a row end the run, 1 at once.
   """
 
   learning_rate: float = 1e-4
@@ -46,6 +48,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   no_decay: tuple[str, ...] = (r"bias$", r"scale$")
   freeze: tuple[str, ...] = ()
+  max_nonfinite: int = 3
 
   def __post_init__(self):
     if self.schedule not in ("constant", "linear", "cosine"):
@@ -64,6 +67,8 @@ class OptimizerConfig:
     ):
       if not 0 <= getattr(self, name) < math.inf:
         raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
+    if self.max_nonfinite < 1:
+      raise ConfigError(f"max_nonfinite={self.max_nonfinite}: at least 1")
     for name in ("b1", "b2"):
       if not 0 <= getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: must be in [0, 1)")

@@ -459,14 +459,18 @@ def rollout_metrics(
   rows = hosts.together(own, mesh)
   values, lengths = rows["value"][rows["judged"]], rows["lengths"]
   out = {
-    "reward/mean": float(values.mean()) if values.size else np.nan,
-    "reward/std": float(values.std()) if values.size else np.nan,
+    "reward/mean": float(values.mean(dtype=np.float64)) if values.size else np.nan,
+    "reward/std": float(values.std(dtype=np.float64)) if values.size else np.nan,
     "reward/judged": float(rows["judged"].mean()),
   }
   for name, each in rows["each"].items():
     known = each[~np.isnan(each)]
-    out[f"reward/{name}/mean"] = float(known.mean()) if known.size else np.nan
-    out[f"reward/{name}/std"] = float(known.std()) if known.size else np.nan
+    out[f"reward/{name}/mean"] = (
+      float(known.mean(dtype=np.float64)) if known.size else np.nan
+    )
+    out[f"reward/{name}/std"] = (
+      float(known.std(dtype=np.float64)) if known.size else np.nan
+    )
   unique = len(set(zip(rollout.prompt_ids.tolist(), rollout.completions)))
   counts = dict(reward.counts) | {
     "unique": unique,
@@ -491,6 +495,8 @@ class Means:
   """Metrics of an iteration's updates: means, and the largest of what ends in "_max".
 
   Reading a metric waits for its update, so they are kept as they are until `read`.
+  Updates that were skipped, as their numbers are not finite, are counted ("skipped")
+  and in no mean; where there is no other, the means are theirs.
   """
 
   def __init__(self):
@@ -506,8 +512,10 @@ class Means:
   def read(self) -> dict[str, float]:
     """One number for each metric."""
     each = jax.device_get(self._all)
-    names = dict.fromkeys(name for one in each for name in one)
-    out = {}
+    skipped = [one for one in each if one.get("skipped")]
+    out = {"skipped": float(len(skipped))} if each else {}
+    each = [one for one in each if not one.get("skipped")] or skipped
+    names = dict.fromkeys(name for one in each for name in one if name != "skipped")
     for name in names:
       values = [float(one[name]) for one in each if name in one]
       out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)

@@ -91,6 +91,9 @@ def make_step(
 
   gradient = grad(sum over the batch of loss sums) / (sum of loss denominators)
 
+  An update whose loss or gradient is not finite is not made: the state stays as it was,
+  to the bit, and "skipped" is 1 (see `training.divergence`).
+
   Args:
     loss: pure; (params, batch, *frozen) -> {name: (sum, denominator)} with a "loss"
       entry. Its denominators must not depend on the parameters. What is frozen (the
@@ -101,7 +104,8 @@ def make_step(
 
   Returns:
     The jitted step. Its state is donated. Metrics are float32 scalars on the device:
-    the quotients, "grad_norm", "update_norm", "learning_rate", "loss_denominator".
+    the quotients, "grad_norm", "update_norm", "learning_rate", "loss_denominator",
+    "skipped".
   """
   if micro_batches < 1:
     raise ConfigError(f"micro_batches={micro_batches}: at least 1")
@@ -156,16 +160,26 @@ def make_step(
       grads,
       matches(grads, config.freeze),
     )
-    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
     rate = learning_rate(config, state.step, state.horizon)
-    updates = jax.tree.map(lambda d: -rate * d, directions)
     metrics = {name: _quotient(s, d) for name, (s, d) in sums.items()}
     metrics["loss_denominator"] = denominator
     metrics["grad_norm"] = optax.tree.norm(grads)
-    metrics["update_norm"] = optax.tree.norm(updates)
     metrics["learning_rate"] = rate
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1, state.horizon), metrics
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
+
+    def update(state):
+      directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      updates = jax.tree.map(lambda d: -rate * d, directions)
+      params = optax.apply_updates(state.params, updates)
+      after = TrainState(params, opt_state, state.step + 1, state.horizon)
+      return after, optax.tree.norm(updates)
+
+    # Both branches work on the donated state where it lies. To select between old and
+    # new values instead would keep both: 4 bytes more for each parameter.
+    leave = lambda state: (state, jnp.float32(0))
+    state, metrics["update_norm"] = jax.lax.cond(sound, update, leave, state)
+    return state, metrics
 
   step = jax.jit(train_step, donate_argnums=0)
   if not hosts.several():

@@ -190,8 +190,12 @@ def test_a_first_loss_that_cannot_be_is_an_error(policy, pairs, monkeypatch):
 def test_a_loss_that_is_not_finite_is_an_error(policy, stranger, pairs):
   params = {**stranger.params, "embedding": stranger.params["embedding"] * np.nan}
   broken = dataclasses.replace(stranger, params=params)
-  with pytest.raises(DivergenceError, match="update 1: the loss is nan"):
-    dpo.train(policy, pairs[:8], CONFIG, broken)
+  optimizer = dataclasses.replace(CONFIG.optimizer, max_nonfinite=1)
+  config = dataclasses.replace(CONFIG, optimizer=optimizer)
+  with pytest.raises(DivergenceError, match="update 1: loss is nan") as info:
+    dpo.train(policy, pairs[:8], config, broken)
+  assert info.value.arrays["ref"].shape == (len(info.value.arrays["ref"]), 2)
+  assert pairs[0].chosen in info.value.text.replace(" ", "")
 
 
 # ------------------------------------------------------------------------- bad input

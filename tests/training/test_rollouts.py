@@ -190,7 +190,19 @@ def test_means_of_updates():
   means = rollouts.Means()
   means.add({"loss": np.float32(1), "ratio_max": np.float32(5)})
   means.add({"loss": np.float32(2), "ratio_max": np.float32(3), "rare": 4.0})
-  assert means.read() == {"loss": 1.5, "ratio_max": 5.0, "rare": 4.0}
+  assert means.read() == {"loss": 1.5, "ratio_max": 5.0, "rare": 4.0, "skipped": 0.0}
+
+
+def test_one_update_that_was_skipped_hides_no_other():
+  means = rollouts.Means()
+  means.add({"loss": np.float32(1), "skipped": np.float32(0)})
+  means.add({"loss": np.float32(np.nan), "skipped": np.float32(1)})
+  means.add({"loss": np.float32(3), "skipped": np.float32(0)})
+  assert means.read() == {"loss": 2.0, "skipped": 1.0}
+  means = rollouts.Means()
+  means.add({"loss": np.float32(np.inf), "skipped": np.float32(1)})
+  assert means.read() == {"loss": np.inf, "skipped": 1.0}
+  assert rollouts.Means().read() == {}
 
 
 # ---------------------------------------------------------------------- rewards

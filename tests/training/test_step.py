@@ -344,6 +344,7 @@ def test_metrics(step, params):
   new, metrics = step(state, make_batch())
   assert set(metrics) == {
     "loss", "loss_denominator", "grad_norm", "update_norm", "learning_rate",
+    "skipped",
   }  # fmt: skip
   for value in metrics.values():
     assert value.shape == () and value.dtype == jnp.float32
@@ -352,6 +353,74 @@ def test_metrics(step, params):
   change = jax.tree.map(lambda a, b: a - b, new.params, params)
   norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(change)))
   assert float(metrics["update_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+# ----------------------------------------------------------- numbers without bound
+
+
+def poisoned(batch, row=0):
+  """A token of the loss weighs infinitely: the loss and its gradient are NaN."""
+  weight = np.array(batch.weight)
+  weight[row, 1] = np.inf
+  return batch.replace(weight=weight)
+
+
+def overflowing(params):
+  """A loss that is finite, with a gradient that is not."""
+  return {"loss": (jnp.sqrt(jnp.maximum(params["w"], 0.0)), jnp.float32(1))}
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_loss_that_is_not_finite_changes_nothing(model, params, step, parts):
+  """B1: parameters, moments and counters stay to the bit, and the next update is the
+  one that would have been made without it."""
+  step = step if parts == 1 else sft_step(model, micro_batches=parts)
+  state, metrics = step(init_state(params, OPTIMIZER, 10), make_batch())
+  assert metrics["skipped"] == 0
+  before = jax.device_get(state)
+  state, metrics = step(state, poisoned(make_batch()))
+  assert metrics["skipped"] == 1 and metrics["update_norm"] == 0
+  assert np.isnan(metrics["loss"])  # it is not hidden
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  state, metrics = step(state, make_batch(seed=1))
+  assert metrics["skipped"] == 0 and int(state.step) == 2
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+  optimizer = OptimizerConfig(clip_norm=0.0)
+  step = make_step(lambda params, batch: overflowing(params), optimizer)
+  state = init_state({"w": jnp.float32(0.0)}, optimizer, 1)
+  before = jax.device_get(state)
+  state, metrics = step(state, jnp.zeros(1))
+  assert metrics["skipped"] == 1 and metrics["loss"] == 0
+  assert not np.isfinite(metrics["grad_norm"])
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+
+
+def test_on_a_mesh_every_shard_is_skipped(params):
+  model, sharded, mesh = on_mesh(params, (2, 2, 1))
+  step, state = sft_step(model, mesh=mesh), init_state(sharded, OPTIMIZER, 10)
+  before = jax.device_get(state)
+  state, metrics = step(state, place(poisoned(make_batch(), row=7), mesh))
+  assert metrics["skipped"] == 1
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+
+
+def test_all_of_the_state_is_updated_where_it_lies(model, params, step):
+  """Also by an update that may be skipped: to select between old and new values a
+  program has to hold both, 4 bytes more for each parameter."""
+  state = init_state(params, OPTIMIZER, 10)
+  memory = step.lower(state, make_batch()).compile().memory_analysis()
+  size = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert memory.alias_size_in_bytes >= size
+  plain = dataclasses.replace(OPTIMIZER, clip_norm=0.0)  # clipping selects gradients
+  text = (
+    sft_step(model, plain).lower(init_state(params, plain, 10), make_batch()).as_text()
+  )
+  selects = [line for line in text.splitlines() if "stablehlo.select" in line]
+  assert selects and not [
+    line for line in selects if line.endswith("tensor<32x16xf32>")
+  ]
 
 
 # ------------------------------------------------------------------------- golden
