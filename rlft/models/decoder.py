@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import constrain
+from rlft.models import attention
 from rlft.models import cache as kv_cache
 from rlft.models.linear import Linear
 
@@ -164,6 +165,7 @@ class Output:
 class _Context:
   """What all layers read: masks and rotary tables, computed once."""
 
+  mask_BT: jax.Array
   mask_BTT: jax.Array | None
   distance_BTT: jax.Array | None
   rope: Any  # (cos, sin) [B, T, R] float32, or None
@@ -309,19 +311,18 @@ class Attention(nn.Module):
       axes = ("batch", "act_heads", None, None)
       k_BNTH = constrain(k.transpose(0, 2, 1, 3), self.mesh, axes)
       v_BNTH = constrain(v.transpose(0, 2, 1, 3), self.mesh, axes)
-      scores = jnp.einsum(
-        "btngh,bnsh->bngts", q_BTNGH, k_BNTH, preferred_element_type=jnp.float32
-      )
-      scores *= config.score_scale
-      if config.attention_softcap:
-        cap = config.attention_softcap
-        scores = cap * jnp.tanh(scores / cap)
-      mask_BTT = context.mask_BTT
-      if config.windows:
-        mask_BTT &= (context.distance_BTT < window) | (jnp.asarray(window) == 0)
-      scores = jnp.where(mask_BTT[:, None, None], scores, kv_cache.NEGATIVE)
-      weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-      out = jnp.einsum("bngts,bnsh->btngh", weights, v_BNTH)
+      score = config.score_scale, config.attention_softcap
+      shape = batch, length, config.kv_heads, config.head_dim
+      ordered = config.causal and not config.windows
+      if ordered and attention.kernel_fits(self.mesh, *shape):
+        out = attention.kernel(
+          q_BTNGH, k_BNTH, v_BNTH, context.mask_BT, *score, self.mesh
+        )
+      else:
+        mask_BTT = context.mask_BTT
+        if config.windows:
+          mask_BTT &= (context.distance_BTT < window) | (jnp.asarray(window) == 0)
+        out = attention.plain(q_BTNGH, k_BNTH, v_BNTH, mask_BTT, *score)
     out = out.astype(self.dtype).reshape(batch, length, config.heads * config.head_dim)
     out = constrain(out, self.mesh, ("batch", None, "act_heads"))
     scale = 0.02 / math.sqrt(2 * config.layers)
@@ -375,12 +376,12 @@ class Layer(nn.Module):
     config = self.config
     norm = lambda name: Norm(config, self.dtype, name=name)
     shared = (config, self.dtype, self.mesh, self.lora_scale)
-    attention = Attention(*shared, name="attention")
+    attend = Attention(*shared, name="attention")
     mlp = MLP(*shared, name="mlp")
     placement = config.norm_placement
 
     h = x if placement == "post" else norm("attention_norm")(x)
-    y, kv, cache = attention(h, context, window, layer, cache)
+    y, kv, cache = attend(h, context, window, layer, cache)
     if config.parallel_residual:
       x = x + y + mlp(norm("mlp_norm")(x))
     elif placement == "pre":
@@ -535,7 +536,7 @@ class Decoder(nn.Module):
     if cache is not None:
       # Else the CPU compiler makes sines and cosines again inside every layer.
       rope, local = jax.lax.optimization_barrier((rope, local))
-    return _Context(mask, distance, rope, local)
+    return _Context(mask_BT, mask, distance, rope, local)
 
 
 def init_params(model: Decoder, key: jax.Array) -> dict:
