@@ -49,6 +49,11 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
+# Forward: scores, and weights with values. Backwards each kernel makes the scores again
+# and the gradients of the weights; dq then has one more product, dk and dv two.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
 @dataclasses.dataclass
 class Cost:
   """What a program, or a part of it, does on one chip.
@@ -60,7 +65,8 @@ class Cost:
     hbm_bytes: read and written outside on-chip memory.
     collectives: (kind, axis) -> bytes that a chip sends.
     turn: what one turn of a loop without a static length does; None without one.
-    kernels: names of custom kernels, whose inside is not counted.
+    kernels: names of custom kernels whose inside is not counted; the attention kernel
+      of `models.attention` is, by hand.
   """
 
   flops: float = 0.0
@@ -174,7 +180,10 @@ class _Counter:
     if code in ("fusion", "async-start", "custom-call"):
       name = one.attribute("calls") or one.attribute("called_computations")
       if code == "custom-call" and "tpu_custom_call" in one.attributes:
-        out.kernels.add(one.name)
+        flops = _splash(scope, one)
+        if flops is None:
+          out.kernels.add(one.name)
+        out.flops += flops or 0.0
       inner = self.computations.get(name or "", {})
       for part in inner.values():
         self._compute(inner, part, out)
@@ -307,6 +316,23 @@ class _Counter:
     if value.opcode == "fusion":
       return self._written(value.attribute("calls"), value)
     return value.bytes
+
+
+def _splash(scope: Computation, one: Instruction) -> float | None:
+  """FLOPs of a splash attention kernel, by hand; None for another kernel.
+
+  2 b Q T T H for each product, over the tiles that are not above the diagonal:
+  (n + 1) / 2n of n x n.
+  """
+  match = re.match(r"splash_mha_(fwd|dq|dkv)_", one.name)
+  if match is None:
+    return None
+  arrays = [scope[name].arrays[0] for name in one.operands if name in scope]
+  tiles = next((a.shape[-1] for a in arrays if len(a.shape) == 3), 1)
+  queries = next(a.shape for a in arrays if len(a.shape) == 4)
+  batch, heads, length, size = queries
+  products = _SPLASH_PRODUCTS[match[1]] * (tiles + 1) / (2 * tiles)
+  return products * 2.0 * batch * heads * length * length * size
 
 
 def _sizes(scope: Computation, name: str) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     elif match := _HEAD.match(line):
       scope = computations.setdefault(match[2], {})
       entry = match[2] if match[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # "}}, ..." ends a kernel's attributes of several lines
       scope = None
   if not entry:
     raise ValueError("this is no HLO text: it has no ENTRY")

@@ -220,3 +220,27 @@ ON_CHIP = """ENTRY %main (a: f32[1024]) -> f32[1024] {
 def test_on_chip_memory_is_not_hbm():
   """Read once, written once; the sum stays on the chip."""
   assert costs.count(ON_CHIP, ONE).hbm_bytes == 2 * 4096
+
+
+SPLASH = """ENTRY %main (q: bf16[8,4,1024,128]) -> bf16[8,4,1024,128] {
+  %q = bf16[8,4,1024,128]{3,2,1,0} parameter(0)
+  %k = bf16[8,2,1024,128]{3,2,1,0} parameter(1)
+  %m = s8[1,2,2]{2,1,0} parameter(2)
+  %splash_mha_NAME_segmented.1 = bf16[8,4,1024,128]{3,2,1,0} custom-call(%m, %q, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="x"}
+  ROOT %o = bf16[8,4,1024,128]{3,2,1,0} copy(%splash_mha_NAME_segmented.1)
+}"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_the_attention_kernel_is_counted_by_hand(name, products):
+  """8 rows, 4 heads: 3 of 2 x 2 tiles of 512 x 512 pairs are not above the diagonal."""
+  cost = costs.count(SPLASH.replace("NAME", name), ONE)
+  assert cost.flops == products * 2 * 8 * 4 * 3 * 512**2 * 128
+  assert not cost.kernels
+
+
+def test_another_kernel_is_named_and_not_counted():
+  cost = costs.count(SPLASH.replace("splash_mha_NAME", "mine"), ONE)
+  assert (cost.flops, cost.kernels) == (0, {"mine_segmented.1"})
