@@ -45,6 +45,7 @@ from rlft.rewards.verifiable import (
 )
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
+from rlft.training.metrics import PhaseTimers
 from rlft.training.saving import Saving
 
 log = logging.getLogger(__name__)
@@ -256,6 +257,7 @@ def run(
   dev_score: Callable[[Policy], float] | None = None,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> EIResult:
   """Runs Expert Iteration.
 
@@ -274,6 +276,7 @@ def run(
       ("resume", values) where a run goes on.
     saving: saves the run after the sampling of round i (step 2 i - 1) and after its
       training (step 2 i), whatever its `every`; and goes on with what it has saved.
+    timers: get the phases "rollout", "reward", "update", "evaluation", "checkpoint".
 
   Returns:
     `EIResult`.
@@ -294,7 +297,7 @@ def run(
     sft.check(start, config.train)
   if base.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
     raise ConfigError("base has another vocabulary than the policy that samples for it")
-  began = time.perf_counter()
+  began, timers = time.perf_counter(), timers or PhaseTimers()
   tell = on_event or (lambda kind, values: None)
   rows = list(sft_rows) if config.mix_sft else []
   trained = base if config.start == "base" else policy  # what every round's result is
@@ -314,7 +317,8 @@ def run(
       return
     stop = saving.asked_to_stop()
     progress.seconds = earlier + time.perf_counter() - began
-    saving.checkpoints.save(step, arrays(), dataclasses.asdict(progress))
+    with timers.phase("checkpoint"):
+      saving.checkpoints.save(step, arrays(), dataclasses.asdict(progress))
     if stop and not progress.over(config):
       saving.end(done)
 
@@ -330,7 +334,8 @@ def run(
     counts = {"updates": progress.total("updates"), "rounds": len(progress.rounds)}
     tell("resume", counts | {"sampled_solutions": progress.total("samples")})
   elif dev_score is not None:
-    progress.best_score = dev_score(policy)
+    with timers.phase("evaluation"):
+      progress.best_score = dev_score(policy)
   earlier = progress.seconds
   while not progress.over(config):
     index = len(progress.rounds) + 1
@@ -338,12 +343,14 @@ def run(
     if progress.half is None:
       mesh = current.model.mesh
       own, real = hosts.own_evenly(examples, mesh)
-      rollout = _sample(current, own, config, index, tell)
-      verdicts = judge_all(judge, rollout.completions, own)
-      if reward is None:
-        rewards = [verdict_reward(v, config.accept) for v in verdicts]
-      else:
-        rewards = call_reward(reward, rollout, own)
+      with timers.phase("rollout"):
+        rollout = _sample(current, own, config, index, tell)
+      with timers.phase("reward"):
+        verdicts = judge_all(judge, rollout.completions, own)
+        if reward is None:
+          rewards = [verdict_reward(v, config.accept) for v in verdicts]
+        else:
+          rewards = call_reward(reward, rollout, own)
       rows_own = real * config.samples_per_prompt  # what is behind them is not ours
       accepted = collect(
         rollout, verdicts[:rows_own], rewards, config.threshold, index, current.eos_ids
@@ -359,7 +366,7 @@ def run(
     kept = cap(progress.solutions, config.max_per_prompt)
     start = {"base": base, "sft": policy, "previous": current}[config.start]
     data = rows + [(prompt_of[s.prompt_id], _target(s, start)) for s in kept]
-    result = _train(start, data, config, tell, saving, f"sampling {name}")
+    result = _train(start, data, config, tell, saving, f"sampling {name}", timers)
     current = result.policy
     stats = progress.half | {
       "train_rows": len(data),
@@ -372,7 +379,8 @@ def run(
     if dev_score is None:
       best = current
     else:
-      stats["dev"] = score = dev_score(current)
+      with timers.phase("evaluation"):
+        stats["dev"] = score = dev_score(current)
       if score > progress.best_score:
         best, progress.best_score, progress.best_round = current, score, index
     progress.rounds.append(stats)
@@ -380,7 +388,8 @@ def run(
     tell("round", stats)
     save(2 * index, name)
   if saving is not None:
-    saving.checkpoints.wait()
+    with timers.phase("checkpoint"):
+      saving.checkpoints.wait()
   return EIResult(
     policy=best,
     rounds=progress.rounds,
@@ -473,7 +482,9 @@ def _warn(progress: _Progress, has_rows: bool) -> None:
     )
 
 
-def _train(start, data, config: EIConfig, tell, saving, saved: str) -> sft.SFTResult:
+def _train(
+  start, data, config: EIConfig, tell, saving, saved: str, timers
+) -> sft.SFTResult:
   """A round's training; what it is made of is saved, so a stop need not wait for it."""
 
   def on_step(step: int, of: int, metrics: dict[str, float]) -> None:
@@ -482,7 +493,7 @@ def _train(start, data, config: EIConfig, tell, saving, saved: str) -> sft.SFTRe
       saving.end(saved)
 
   config = dataclasses.replace(config.train, seed=config.seed)
-  return sft.train(start, data, config, on_step)
+  return sft.train(start, data, config, on_step, timers=timers)
 
 
 def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:

@@ -369,7 +369,7 @@ class _Run:
       start.model, _static_loss(config), config.optimizer, config.micro_batches
     )
     self.updater = Updater(self.trainee, self.step, config, reference)
-    self.guards = [self.updater.guard]
+    self.guards, self.timers = [self.updater.guard], PhaseTimers()
     self.draws = 0
 
   def arrays(self) -> dict[str, Any]:
@@ -387,7 +387,7 @@ class _Run:
 
   def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:
     """Rollout and rewards, scores, advantages, updates."""
-    config, timers = self.config, PhaseTimers()
+    config, timers = self.config, self.timers
     before = self.draws
     rollout, judged, seen = self._collect(reward, tell, timers)
     rows = rollouts.region(rollout)
@@ -402,7 +402,9 @@ class _Run:
     counts = hosts.each_part(int(batch.loss_mask.sum()), self.mesh)
     tokens = sum(counts) * config.epochs
     seconds = timers.pop()
-    stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
+    stats["update/tokens_per_second"] = tokens / max(
+      seconds.get("time/update", 0.0), 1e-9
+    )
     stats["update_tokens"] = tokens
     rows_drawn = config.prompts_per_iteration * config.samples_per_prompt
     stats["samples"] = (self.draws - before) * rows_drawn

@@ -494,7 +494,7 @@ class _Run:
       start.model, loss, config.optimizer, config.micro_batches
     )
     self.updater = Updater(self.trainee, self.step, config, reference)
-    self.guards = [self.updater.guard]
+    self.guards, self.timers = [self.updater.guard], PhaseTimers()
     self.value = self.value_state = None
     if not shared:
       value = value or scalars.init_scalar(policy, init="zero")
@@ -537,7 +537,7 @@ class _Run:
     self, index: int, prompts: Sequence[Example], reward: RewardOf, tell
   ) -> dict[str, float]:
     """Rollout, scores and rewards, advantages, updates."""
-    config, timers = self.config, PhaseTimers()
+    config, timers = self.config, self.timers
     mesh = self.trainee.start.model.mesh
     prompts = hosts.own_part(prompts, mesh)
     with timers.phase("rollout"):
@@ -588,7 +588,9 @@ class _Run:
         )
       )
     seconds = timers.pop()
-    stats["update/tokens_per_second"] = tokens / max(seconds["time/update"], 1e-9)
+    stats["update/tokens_per_second"] = tokens / max(
+      seconds.get("time/update", 0.0), 1e-9
+    )
     stats["update_tokens"] = tokens if trained else 0
     stats["samples"] = int(rows_sampled)
     return stats | seconds

@@ -34,6 +34,7 @@ from rlft.training.data import (
 )
 from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
+from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
@@ -159,6 +160,7 @@ def train(
   config: SFTConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> SFTResult:
   """Trains a policy on (prompt, completion) rows.
 
@@ -169,7 +171,7 @@ def train(
     config: see `SFTConfig`.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics are those of the update before, so that reading them waits for nothing.
-    saving: saves the run, and goes on with what it has saved; see `training.epochs`.
+    saving, timers: see `training.epochs`.
 
   Returns:
     `SFTResult`.
@@ -209,6 +211,7 @@ def train(
     budget=config.update_tokens,
     on_step=on_step,
     saving=saving,
+    timers=timers,
   )
   return SFTResult(
     policy=dataclasses.replace(policy, params=fitted.state.params),

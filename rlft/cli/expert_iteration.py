@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         sft_rows=rows,
         dev_score=rl.dev_score(config.task, dev, config.eval),
         on_event=on_event,
+        timers=on_event.timers,
         saving=keep,
       )
   rlft.save(result.policy, workdir / "model")

@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: the command's own; 2 for a mistake that rlft can name, which is then
-    one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 75 for a run that was
-    asked to stop and has saved its state; 130 after Ctrl-C.
+    one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 1 where a device is out
+    of memory; 75 for a run that was asked to stop and has saved its state; 130 after
+    Ctrl-C.
   """
   try:
     return _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -50,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("rlft: interrupted", file=sys.stderr)
     return _leave(130)
   except Exception as error:
+    if _out_of_memory(error) and os.environ.get("RLFT_TRACEBACK") != "1":
+      from rlft.cli import memory
+
+      print("rlft: error:", memory.explain(error), file=sys.stderr)
+      return _leave(1)
     if _alone():
       raise
     traceback.print_exc()
@@ -94,6 +100,12 @@ def _dispatch(argv: list[str]) -> int:
     raise ConfigError(f"rlft {name} has no --config to override: {overrides[0][0]!r}")
   args.overrides = overrides
   return command.run(args)
+
+
+def _out_of_memory(error: Exception) -> bool:
+  """Whether a device is; nothing heavy is imported to know it."""
+  kinds = [kind.__name__ for kind in type(error).__mro__]
+  return "JaxRuntimeError" in kinds and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _alone() -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlft.cli import show
 from rlft.core import watchdog
-from rlft.training.metrics import MetricWriter
+from rlft.training.metrics import MetricWriter, PhaseTimers, goodput, phase_seconds
 
 
 def counting(advance: show.Advance) -> Callable[[int, int], None]:
@@ -21,18 +21,32 @@ def counting(advance: show.Advance) -> Callable[[int, int], None]:
   return on_progress
 
 
+def _count(total: dict[str, float], values: Mapping[str, Any]) -> None:
+  for name, seconds in phase_seconds([values]).items():
+    total[name] = total.get(name, 0.0) + seconds
+
+
+def _tell_goodput(name: str, seconds: Mapping[str, float]) -> None:
+  if line := goodput(seconds):
+    print(f"{name}: {line}" if name else line)
+
+
 class Events:
   """Takes the events of an algorithm: a bar for each phase, and its metrics recorded.
 
-  Used as `with Events(writer, "ei") as on_event`. Events are ("sample", {done, of}),
-  others of that form, ("train", {step, of, **metrics}), ("round", statistics) and
-  ("resume", {updates, sampled_solutions, rounds}).
+  Used as `with Events(writer, "ei") as on_event`; its `timers` are for the algorithm,
+  and what they say is in the next line of the record. Events are ("sample",
+  {done, of}), others of that form, ("train", {step, of, **metrics}), ("round",
+  statistics) and ("resume", {updates, sampled_solutions, rounds}).
   """
 
   def __init__(self, writer: MetricWriter, name: str = "", resumes: bool = False):
     """Args: where metrics go, and a name put before titles and metric names; whether
     the first update drops what a killed run has written of it and of later ones."""
     self._writer, self._name, self._rewinds = writer, name, resumes
+    self.timers = PhaseTimers()
+    self._seconds: dict[str, float] = {}
+    self._timed = False
     self._context = self._bar = self._kind = None
     self._before = self._updates = self._samples = 0
     self._round = 1
@@ -42,6 +56,9 @@ class Events:
 
   def __exit__(self, *exc: object) -> None:
     self.close()
+    if self._timed:
+      _count(self._seconds, self.timers.pop())
+    _tell_goodput(self._name, self._seconds)
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
     if kind == "resume":
@@ -81,6 +98,11 @@ class Events:
 
   def _record(self, metrics: dict[str, Any]) -> None:
     before = f"{self._name}/" if self._name else ""
+    seconds = self.timers.pop()
+    self._timed |= bool(set(seconds) - {"time/idle", "time/compile"})
+    if self._timed:  # somebody uses them
+      _count(self._seconds, seconds)
+      metrics |= seconds
     self._writer.write(
       self._updates, {before + k: v for k, v in metrics.items()}, samples=self._samples
     )
@@ -121,7 +143,7 @@ class Iterations:
     self._writer, self._before = writer, f"{name}/" if name else ""
     self._rewinds = resumes
     self._context = show.progress(title, total)
-    self._done = 0
+    self._done, self._seconds = 0, {}
 
   def __enter__(self) -> Iterations:
     self._bar = self._context.__enter__()
@@ -129,6 +151,7 @@ class Iterations:
 
   def __exit__(self, *exc: object) -> None:
     self._context.__exit__(None, None, None)
+    _tell_goodput(self._before.rstrip("/"), self._seconds)
 
   def __call__(self, kind: str, values: dict[str, Any]) -> None:
     watchdog.beat(kind)
@@ -141,6 +164,7 @@ class Iterations:
       self._writer.rewind(self._done)
       self._rewinds = False
     self._done += 1
+    _count(self._seconds, values)
     shown = {short: values[k] for k, short in _SHOWN.items() if k in values}
     self._bar(1, **shown)
     self._writer.write(

@@ -128,14 +128,20 @@ def _one_seed(
   with MetricWriter(workdir) as writer:
     with Events(writer, "EI") as on_event:
       found = ei.run(
-        start, train, arithmetic.judge, method, sft_rows=rows, on_event=on_event
+        start,
+        train,
+        arithmetic.judge,
+        method,
+        sft_rows=rows,
+        on_event=on_event,
+        timers=on_event.timers,
       )
     # The same tokens in the loss as all rounds together, on the reference solutions.
     continued = dataclasses.replace(
       method.train, update_tokens=found.update_tokens, seed=seed
     )
     with Events(writer, "SFT") as events:
-      plain = sft.train(start, rows, continued, events.on_step)
+      plain = sft.train(start, rows, continued, events.on_step, timers=events.timers)
     after = {
       "start": before,
       "SFT": _evaluate("SFT", plain.policy, problems, config, before),

@@ -25,6 +25,7 @@ from rlft.cli import config as configs
 from rlft.core import hosts, watchdog
 from rlft.core.errors import ConfigError, DivergenceError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
+from rlft.training.metrics import COMPILES, compiles_logged
 from rlft.training.saving import Saving
 
 
@@ -108,6 +109,9 @@ def saving(
     _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
     _watched(keep.step_deadline if within is None else 0),
     _batch_kept(workdir),
+    compiles_logged(workdir / COMPILES)
+    if within is None and hosts.first()
+    else nullcontext(),
   ):
     yield Saving(
       checkpoints,

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
   with saving(workdir, "sft", config, "update") as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
-      result = sft.train(policy, rows, config.sft, events.on_step, keep)
+      result = sft.train(policy, rows, config.sft, events.on_step, keep, events.timers)
   rlft.save(result.policy, workdir / "model")
   print(
     f"{result.steps} updates, {result.update_tokens} tokens in the loss, last loss "
@@ -105,7 +105,9 @@ def train_first(
   with saving(workdir / "sft", "sft", config, "update", within=keep) as own:
     if not own.checkpoints.steps():
       look("before", policy)
-    result = sft.train(policy, rows, config.sft_first, events.on_step, own)
+    result = sft.train(
+      policy, rows, config.sft_first, events.on_step, own, events.timers
+    )
   events.after(result.steps)
   if not keep.checkpoints.steps():
     look("after_sft", result.policy)  # what the method is to be compared with

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from rlft.training.divergence import Guard
+from rlft.training.metrics import PhaseTimers
 from rlft.training.saving import Saving
 from rlft.training.step import TrainState
 
@@ -66,6 +67,7 @@ def fit(
   budget: int = 0,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> Fitted:
   """Updates a state on batch after batch, epoch after epoch.
 
@@ -85,12 +87,13 @@ def fit(
       what was saved.
     saving: saves the state, and goes on with what it has saved; the schedule's horizon
       is that of `state`, so that more or fewer updates can be asked for.
+    timers: get the phases "update" and "checkpoint".
 
   Raises:
     DivergenceError: of the guard, after `on_step` has had the update's metrics.
     StoppedError: `saving` was asked to stop, and the state is saved.
   """
-  began = time.perf_counter()
+  began, timers = time.perf_counter(), timers or PhaseTimers()
   progress = _Progress({name: [] for name in curves})
   found = saving.restore(state) if saving is not None else None
   if found is not None:
@@ -99,7 +102,8 @@ def fit(
   earlier = progress.seconds
 
   def report(update: int, metrics: Mapping[str, Any], batch: Any) -> dict[str, float]:
-    metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    with timers.phase("update"):
+      metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
     progress.skipped += int(metrics["skipped"])
     for name, values in progress.curves.items():
       values.append(metrics[name])
@@ -115,7 +119,8 @@ def fit(
   batches, waiting = _from(epoch_of, per_epoch, progress.updates), None
   while not over():
     batch = next(batches)
-    state, metrics = step(state, batch)
+    with timers.phase("update"):
+      state, metrics = step(state, batch)
     if waiting is not None:
       report(*waiting)
     progress.updates += 1
@@ -129,11 +134,13 @@ def fit(
     if saving is not None:
       progress.seconds = earlier + time.perf_counter() - began
       meta = dataclasses.asdict(progress)
-      saving.checkpoints.save(progress.updates, state, meta, metrics)
+      with timers.phase("checkpoint"):
+        saving.checkpoints.save(progress.updates, state, meta, metrics)
     if stop and not over():
       saving.end(f"update {progress.updates} of {max(planned, progress.updates)}")
   if saving is not None:
-    saving.checkpoints.wait()
+    with timers.phase("checkpoint"):
+      saving.checkpoints.wait()
   if progress.skipped:
     log.warning(
       "%d of %d updates had numbers that were not finite, and were skipped",

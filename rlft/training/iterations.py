@@ -24,6 +24,7 @@ from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
 from rlft.training import facts, rollouts
 from rlft.training.divergence import Guard
+from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import check_patterns
 from rlft.training.rollouts import Region
 from rlft.training.saving import Saving
@@ -93,6 +94,7 @@ class State(Protocol):
 
   trainee: Trainee
   guards: Sequence[Guard]
+  timers: PhaseTimers
 
   def arrays(self) -> Any:
     """A tree of arrays; its structure never changes."""
@@ -142,7 +144,7 @@ def loop(
     DivergenceError: of a guard, after `tell` has had the iteration's metrics.
     StoppedError: `saving` was asked to stop, and the state is saved.
   """
-  began = time.perf_counter()
+  began, timers = time.perf_counter(), state.timers
   progress, best = _Progress(), start if dev_score is not None else None
 
   def arrays():
@@ -158,7 +160,8 @@ def loop(
       best = dataclasses.replace(start, params=found.arrays["best"])
     tell("resume", {"iterations": len(progress.iterations)})
   elif dev_score is not None:
-    progress.best_score = dev_score(start)
+    with timers.phase("evaluation"):
+      progress.best_score = dev_score(start)
     progress.history.append((0, progress.best_score))
   before = progress.seconds
   for index in range(len(progress.iterations), config.iterations):
@@ -168,11 +171,14 @@ def loop(
     stats["sampled_solutions"] = progress.sampled
     done, last = index + 1, index + 1 == config.iterations
     if dev_score is not None and (last or done % config.eval_every == 0):
-      current = state.trainee.export()
-      stats["dev"] = score = dev_score(current)
+      with timers.phase("evaluation"):
+        current = state.trainee.export()
+        stats["dev"] = score = dev_score(current)
       progress.history.append((progress.sampled, score))
       if score > progress.best_score:
         best, progress.best_score = current, score
+    for name, seconds in timers.pop().items():
+      stats[name] = stats.get(name, 0.0) + seconds
     progress.iterations.append(stats)
     tell("iteration", stats)
     for guard in state.guards:
@@ -181,7 +187,8 @@ def loop(
     stop = saving is not None and saving.asked_to_stop()
     if saving is not None and (last or stop or done % saving.every == 0):
       meta = {"run": state.notes(), "progress": dataclasses.asdict(progress)}
-      saving.checkpoints.save(done, arrays(), meta, stats)
+      with timers.phase("checkpoint"):
+        saving.checkpoints.save(done, arrays(), meta, stats)
     if stop and not last:
       saving.checkpoints.wait()
       raise StoppedError(

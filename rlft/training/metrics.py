@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from rlft.core import hosts
 
 RECORD = "metrics.jsonl"
+COMPILES = "compiles.jsonl"
 TENSORBOARD = "tensorboard"
 _FLUSH_SECONDS = 10.0
 _RESERVED = ("step", "samples", "time")
@@ -92,16 +96,19 @@ class MetricWriter:
     self._file.close()
     partial.replace(self._path)  # a killed run leaves the old record or the new one
     self._file = self._path.open("ab+", buffering=0)
+    if self._viewing:
+      self._show(step + 1, round(self._clock(), 3), None)
 
-  def _show(self, step: int, now: float, values: Mapping[str, float]) -> None:
-    """Writes one event, in this thread.
+  def _show(self, step: int, now: float, values: Mapping[str, float] | None) -> None:
+    """Writes one event, in this thread; None says that steps from this one on are
+    written again, and tensorboard forgets those that it has.
 
     Not by `SummaryWriter`: it hands events to a thread through a bounded queue, and
     once that thread has died of an error the eleventh event blocks for ever.
     """
     try:
       from tensorboardX.event_file_writer import EventsWriter
-      from tensorboardX.proto.event_pb2 import Event
+      from tensorboardX.proto.event_pb2 import Event, SessionLog
       from tensorboardX.proto.summary_pb2 import Summary
 
       if self._view is None:
@@ -109,9 +116,12 @@ class MetricWriter:
         directory.mkdir(exist_ok=True)
         # The name has whole seconds: without the pid two runs could share a file.
         self._view = EventsWriter(str(directory / "events"), f".{os.getpid()}")
-      points = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-      summary = Summary(value=points)
-      self._view.write_event(Event(wall_time=now, step=int(step), summary=summary))
+      if values is None:
+        what = {"session_log": SessionLog(status=SessionLog.START)}
+      else:
+        points = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        what = {"summary": Summary(value=points)}
+      self._view.write_event(Event(wall_time=now, step=int(step), **what))
       if now >= self._next_flush:  # a flush is an fsync: too slow for every step
         self._view.flush()
         self._next_flush = now + _FLUSH_SECONDS
@@ -178,26 +188,59 @@ def _drop_torn_line(file: Any) -> None:
     file.truncate(keep)
 
 
+_PHASE = "in the phase: "
+
+
+def phase_of(error: BaseException) -> str | None:
+  """The innermost phase of `PhaseTimers` that an error has come from."""
+  notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_PHASE)]
+  return notes[0].removeprefix(_PHASE) if notes else None
+
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@functools.cache
+def _compile_clock() -> Callable[[], float]:
+  """Seconds that XLA has compiled in this process since the first call of this."""
+  total = [0.0]
+
+  def on_event(event: str, seconds: float, **_: Any) -> None:
+    total[0] += seconds if event == COMPILED else 0.0
+
+  jax.monitoring.register_event_duration_secs_listener(on_event)
+  return lambda: total[0]
+
+
 class PhaseTimers:
   """Seconds per phase, without overlap: the phases and `idle` add up to the wall time.
 
   A phase that is entered inside another one stops the outer clock until it ends. jax
   returns before the device is done: wait for a result inside the phase that made it.
+  What XLA compiles in a phase is `compile`, and not of the phase.
   """
 
   def __init__(self, clock: Callable[[], float] = time.perf_counter):
-    self._clock = clock
+    self._clock, self._compile_clock = clock, _compile_clock()
+    self._compiled = self._compile_clock()
     self._seconds: dict[str, float] = {}
     self._stack = ["idle"]
     self._since = clock()
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
-    """Charges the time inside the `with` to `name`; the same name may come again."""
+    """Charges the time inside the `with` to `name`; the same name may come again.
+
+    An error that leaves it has the name as a note: see `phase_of`.
+    """
     self._charge()
     self._stack.append(name)
     try:
       yield
+    except Exception as error:
+      if phase_of(error) is None:
+        error.add_note(_PHASE + name)
+      raise
     finally:
       self._charge()
       self._stack.pop()
@@ -209,8 +252,84 @@ class PhaseTimers:
     return {f"time/{name}": value for name, value in seconds.items()}
 
   def _charge(self) -> None:
-    now = self._clock()
-    if now > self._since:
-      name = self._stack[-1]
-      self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
-    self._since = now
+    now, compiled = self._clock(), self._compile_clock()
+    spent = max(0.0, now - self._since)
+    compiling = min(spent, compiled - self._compiled)
+    for name, seconds in (
+      ("compile", compiling),
+      (self._stack[-1], spent - compiling),
+    ):
+      if seconds > 0:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+    self._since, self._compiled = now, compiled
+
+
+GOOD = ("rollout", "reward", "score", "update")
+
+
+def phase_seconds(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+  """Seconds of each phase, over the lines of a record or the metrics of a run."""
+  out: dict[str, float] = {}
+  for row in rows:
+    for name, value in row.items():
+      *before, last = name.split("/")
+      if before[-1:] == ["time"]:
+        out[last] = out.get(last, 0.0) + float(value)
+  return out
+
+
+def goodput(seconds: Mapping[str, float]) -> str:
+  """One line: the share of time that made or used samples, and where the rest went.
+
+  Args:
+    seconds: of each phase.
+  """
+  total = sum(seconds.values())
+  if not total:
+    return ""
+  share = lambda name: f"{name} {seconds[name] / total:.1%}"
+  good = [name for name in GOOD if name in seconds]
+  rest = sorted(set(seconds) - set(good), key=lambda name: (-seconds[name], name))
+  return (
+    f"goodput {sum(map(seconds.get, good)) / total:.1%} of {total:,.0f} s: "
+    f"{', '.join(map(share, good))}; the rest: {', '.join(map(share, rest)) or 'none'}"
+  )
+
+
+@contextlib.contextmanager
+def compiles_logged(path: Path) -> Iterator[None]:
+  """Writes a line of JSON for every program that XLA compiles: when, which, how long,
+  and the shapes that came last among its arguments, where a batch is."""
+  shapes: dict[str, Any] = {}
+
+  def note(record: logging.LogRecord) -> bool:
+    if record.msg.startswith("Compiling %s with global shapes") and record.args:
+      shapes["args"] = [getattr(x, "str_short", str)() for x in record.args[1]]
+    return record.levelno > logging.DEBUG or before <= logging.DEBUG
+
+  def on_event(event: str, seconds: float, **details: Any) -> None:
+    if event != COMPILED:
+      return
+    args = shapes.pop("args", [])
+    line = {
+      "time": round(time.time(), 3),
+      "program": str(details.get("fun_name", "")),
+      "seconds": round(seconds, 3),
+      "arguments": len(args),
+      "last": args[-12:],
+    }
+    with path.open("a") as file:
+      file.write(json.dumps(line) + "\n")
+
+  # Shapes are in no public event; without this logger the lines have none.
+  logger = logging.getLogger("jax._src.interpreters.pxla")
+  before, level = logger.getEffectiveLevel(), logger.level
+  logger.setLevel(logging.DEBUG)
+  logger.addFilter(note)
+  jax.monitoring.register_event_duration_secs_listener(on_event)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(on_event)
+    logger.removeFilter(note)
+    logger.setLevel(level)

@@ -194,8 +194,8 @@ def test_a_loss_that_is_not_finite_is_an_error(policy, stranger, pairs):
   config = dataclasses.replace(CONFIG, optimizer=optimizer)
   with pytest.raises(DivergenceError, match="update 1: loss is nan") as info:
     dpo.train(policy, pairs[:8], config, broken)
-  assert info.value.arrays["ref"].shape == (len(info.value.arrays["ref"]), 2)
-  assert pairs[0].chosen in info.value.text.replace(" ", "")
+  assert info.value.arrays["ref_logp"].shape[1] == 2
+  assert "--- row 1" in info.value.text
 
 
 # ------------------------------------------------------------------------- bad input

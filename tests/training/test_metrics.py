@@ -8,7 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.event_file_writer import EventsWriter
@@ -177,3 +180,57 @@ def test_pop_inside_a_phase_loses_no_time():
     assert timers.pop() == {"time/update": 3}
     now[0] = 5.0
   assert timers.pop() == {"time/update": 2}
+
+
+def test_what_xla_compiles_is_no_time_of_a_phase(tmp_path):
+  """It has a phase and a log of its own: a line for each program and shape."""
+  fresh = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x).T)
+  timers, path = metrics.PhaseTimers(), tmp_path / "compiles.jsonl"
+  began = time.perf_counter()
+  with metrics.compiles_logged(path), timers.phase("update"):
+    for rows in (3, 5, 3):
+      fresh(np.ones((rows, 2), np.float32)).block_until_ready()
+  wall = time.perf_counter() - began
+  fresh(np.ones((7, 2), np.float32))  # the log is closed
+  seconds = timers.pop()
+  assert 0 < seconds["time/compile"] < wall
+  assert sum(seconds.values()) == pytest.approx(wall, abs=0.5)
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  ours = [line for line in lines if "lambda" in line["program"]]
+  assert [line["last"] for line in ours] == [["float32[3,2]"], ["float32[5,2]"]]
+  assert sum(line["seconds"] for line in lines) == pytest.approx(
+    seconds["time/compile"], abs=0.5
+  )
+
+
+def test_goodput_is_the_share_of_what_samples_are_made_and_used_in():
+  rows = [
+    {"step": 1, "time": 17e8, "time/rollout": 3.0, "ei/time/update": 4, "time/idle": 1},
+    {"step": 2, "time": 17e8, "time/rollout": 1.0, "time/checkpoint": 1.0, "loss": 9.0},
+  ]
+  seconds = metrics.phase_seconds(rows)
+  assert seconds == {"rollout": 4, "update": 4, "idle": 1, "checkpoint": 1}
+  assert metrics.goodput(seconds) == (
+    "goodput 80.0% of 10 s: rollout 40.0%, update 40.0%; the rest: checkpoint 10.0%, "
+    "idle 10.0%"
+  )
+  assert metrics.goodput({}) == ""
+
+
+def test_tensorboard_forgets_what_is_written_again(tmp_path):
+  """A SessionLog START makes it drop what it has of its step and later ones."""
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+  seen = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(EventsWriter, "write_event", lambda self, event: seen.append(event))
+    with metrics.MetricWriter(tmp_path) as writer:
+      for step in (1, 2, 3):
+        writer.write(step, {"loss": step})
+      writer.rewind(3)  # nothing is lost
+      writer.rewind(1)
+      writer.write(2, {"loss": 2})
+  assert all(isinstance(event, Event) for event in seen)
+  kinds = [(event.step, event.HasField("summary")) for event in seen[1:]]
+  assert kinds == [(1, True), (2, True), (3, True), (2, False), (2, True)]
+  assert seen[4].session_log.status == SessionLog.START
