@@ -172,7 +172,6 @@ def target(topology: str, slices: int = 1) -> Target:
     os.environ.setdefault(key, value)
   from jax.experimental import topologies
 
-  # A dimension that is written too often or too seldom is a mistake, not a wish.
   more = {"num_slices": slices} if slices > 1 else {}
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)

@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
       settings, target, args.prompt_tokens, args.compile, cache, reports.on_program
     )
     reports.print_search(found, target)
-    result: Any = [dataclasses.asdict(one) for one in found]
+    result: Any = [
+      dataclasses.asdict(one) | _verdict(one.report) for one in found if one.report
+    ]
     fits = any(one.report is not None and one.report.fits for one in found)
   else:
     only = tuple(name.strip() for name in args.programs.split(",") if name.strip())
@@ -95,12 +97,21 @@ def run(args: argparse.Namespace) -> int:
       settings, target, args.prompt_tokens, only, cache, hlo, reports.on_program
     )
     reports.print_report(report, target)
-    result, fits = dataclasses.asdict(report), report.fits or bool(only)
+    result = dataclasses.asdict(report) | _verdict(report)
+    fits = report.fits or bool(only)
   if args.json:
     from rlft.cli.runs import write_json
 
     print("json:", write_json(Path(args.json), result))
   return 0 if fits else 1
+
+
+def _verdict(report: Any) -> dict[str, Any]:
+  from rlft.cli import reports
+
+  if not report.complete:
+    return {}
+  return {"fits": report.fits, "verdict": reports.verdict(report)}
 
 
 def _settings(args: argparse.Namespace) -> Any:

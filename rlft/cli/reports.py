@@ -151,7 +151,6 @@ def verdict(report: Report) -> str:
 def advice(report: Report) -> str:
   """The knob for what is largest where the most memory is needed."""
   worst, mesh, set_ = report.worst, report.mesh, report.settings
-  spare = report.available - worst.peak
   residents = dict(report.residents)
   copy = residents.pop("rollout copy", 0.0)
   together = sum(residents.values())
@@ -182,7 +181,6 @@ def advice(report: Report) -> str:
   knob = f"micro_batches={set_['micro_batches']} up"
   if set_["remat"] != "full":
     knob = f"remat={set_['remat']} to full, or {knob}"
-  del spare
   return f"the step itself takes {own / GIB:.2f} GiB: turn {knob}, or {sharded}"
 
 

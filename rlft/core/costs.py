@@ -328,9 +328,10 @@ def _splash(scope: Computation, one: Instruction) -> float | None:
   if match is None:
     return None
   arrays = [scope[name].arrays[0] for name in one.operands if name in scope]
-  tiles = next((a.shape[-1] for a in arrays if len(a.shape) == 3), 1)
-  queries = next(a.shape for a in arrays if len(a.shape) == 4)
-  batch, heads, length, size = queries
+  tiles = next((a.shape[-1] for a in arrays if a.dtype == "s8"), 1)
+  # Queries come first; the axis of rows is left out where a chip has one row.
+  queries = next(a.shape for a in arrays if a.dtype[0] in "bf" and len(a.shape) > 2)
+  batch, heads, length, size = queries if len(queries) == 4 else (1, *queries)
   products = _SPLASH_PRODUCTS[match[1]] * (tiles + 1) / (2 * tiles)
   return products * 2.0 * batch * heads * length * length * size
 

@@ -241,6 +241,13 @@ def test_the_attention_kernel_is_counted_by_hand(name, products):
   assert not cost.kernels
 
 
+def test_the_attention_kernel_of_one_row():
+  one_row = SPLASH.replace("bf16[8,", "bf16[").replace("{3,2,1,0}", "{2,1,0}")
+  assert costs.count(one_row, ONE).flops == 0  # another name is another kernel
+  cost = costs.count(one_row.replace("NAME", "fwd"), ONE)
+  assert cost.flops == 2 * 2 * 4 * 3 * 512**2 * 128
+
+
 def test_another_kernel_is_named_and_not_counted():
   cost = costs.count(SPLASH.replace("splash_mha_NAME", "mine"), ONE)
   assert (cost.flops, cost.kernels) == (0, {"mine_segmented.1"})
