@@ -1,6 +1,6 @@
 """One process of a run of several: what tests/reliability/test_hosts.py starts.
 
-python one_of_several.py messages|stuck|sft|ei|ppo|grpo OUT FSDP TENSOR
+python one_of_several.py messages|stuck|sft|ei|ppo|lora|grpo OUT FSDP TENSOR
 
 Joins as RLFT_COORDINATOR and the others say; process 0 writes what was computed to OUT.
 """
@@ -25,7 +25,10 @@ from rlft.cli.rl import dev_score  # noqa: E402
 from rlft.cli.runs import MINI, TaskConfig  # noqa: E402
 from rlft.core import hosts, watchdog  # noqa: E402
 from rlft.core.mesh import ROLLOUT_RULES, make_mesh, sharding  # noqa: E402
+from rlft.models import scalar  # noqa: E402
+from rlft.models.lora import LoRAConfig  # noqa: E402
 from rlft.probes.evaluate import EvalConfig  # noqa: E402
+from rlft.rewards.learned import reward_model_reward  # noqa: E402
 from rlft.rewards.verifiable import make_reward  # noqa: E402
 from rlft.tasks import arithmetic  # noqa: E402
 from rlft.training.optimizer import OptimizerConfig  # noqa: E402
@@ -118,7 +121,12 @@ def train(name, mesh):
     log["solutions"] = [one.tokens for one in result.solutions]
   else:
     reward = make_reward(arithmetic.judge)
-    if name == "ppo":
+    if name == "lora":  # adapters, a head on their trunk, and a reward model
+      model = scalar.init_scalar(policy, seed=1)
+      config = ppo.PPOConfig(lora=LoRAConfig(rank=4), value="shared", **ROLLOUTS)
+      reward = reward_model_reward(model, policy)
+      result = ppo.run(policy, examples, reward, config, on_event=on_event)
+    elif name == "ppo":
       config = ppo.PPOConfig(value_optimizer=ADAM, scale_rewards=True, **ROLLOUTS)
       result = ppo.run(policy, examples, reward, config, on_event=on_event)
     else:

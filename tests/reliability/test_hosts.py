@@ -117,6 +117,7 @@ def same(a, b, path=""):
     ("ppo", 2, 2, 2, 1),
     ("ppo", 4, 1, 1, 2),  # a row of the mesh is two hosts
     ("ppo", 4, 2, 2, 2),
+    ("lora", 2, 2, 2, 1),
     ("grpo", 2, 2, 1, 2),
   ],
 )
