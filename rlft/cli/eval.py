@@ -18,6 +18,7 @@ from rlft.cli.sft import evaluate_splits
 from rlft.probes.evaluate import EvalConfig
 
 SUMMARY = "evaluate a model: greedy@1, maj@k, pass@k, chains"
+MANY_HOSTS = True
 
 
 @dataclasses.dataclass(frozen=True)

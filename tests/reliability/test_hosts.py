@@ -230,6 +230,14 @@ def test_fewer_devices_than_expected_end_the_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_command_for_one_host_refuses_to_be_one_of_several(tmp_path):
+  words = [sys.executable, "-m", "rlft.cli.main", "best-of-n"]
+  with processes(words, 2, 1, tmp_path) as started:
+    assert wait(started, 60) == [2, 2]
+  assert "rlft best-of-n runs on one host" in log(tmp_path, 0)
+
+
+@pytest.mark.slow
 def test_processes_that_wait_for_ever_show_their_stacks_and_end(tmp_path):
   """Their heartbeats go on: without a watchdog nothing would end them."""
   words = [sys.executable, str(WORKER), "stuck", str(tmp_path), "1", "1"]
