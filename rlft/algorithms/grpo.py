@@ -348,6 +348,9 @@ def run(
   return loop(one, run_, policy, config, dev_score, tell, saving)
 
 
+_advantages = jax.jit(group_advantage, static_argnums=(2, 3, 4))
+
+
 class _Run:
   """The state of a run, and one iteration of it."""
 
@@ -476,10 +479,14 @@ class _Run:
     value_B, judged_B, trained_B = hosts.together(
       (value_B, judged.judged, mask_BC.any(1)), self.mesh
     )
-    advantage_B, found = group_advantage(
-      value_B, judged_B, config.samples_per_prompt, config.baseline, config.scale
+    advantage_B, found = jax.device_get(
+      _advantages(
+        *jax.device_put((value_B, judged_B)),
+        config.samples_per_prompt,
+        config.baseline,
+        config.scale,
+      )
     )
-    advantage_B = np.asarray(advantage_B)
     stats |= {
       f"advantage/{name}": float(total) / max(float(count), 1.0)
       for name, (total, count) in found.items()

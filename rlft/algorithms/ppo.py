@@ -615,11 +615,13 @@ class _Run:
       bootstrap_B = np.where(rollout.finished, 0.0, after_B).astype(np.float32)
     value_BC = np.where(rows.chosen, value_BC[:, :columns], np.float32(0))
     rows_of_all = reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B
+    numbers = self.kl_coef, config.gamma, config.gae_lambda
+    numbers = tuple(map(np.float32, numbers))
     if hosts.several():
       rows_of_all = hosts.place_own(rows_of_all, mesh)
+      numbers = hosts.put(numbers, mesh)
     found = estimate_advantages(
-      *rows_of_all,
-      np.float32(self.kl_coef), np.float32(config.gamma), np.float32(config.gae_lambda),
+      *jax.device_put((*rows_of_all, *numbers)),
       estimator=config.kl_estimator, whiten=config.whiten_advantages,
     )  # fmt: skip
     found = {name: hosts.own_rows(x) for name, x in found.items()}

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlft.core.errors import ConfigError, RlftError
 from rlft.core.mesh import sharding
@@ -175,6 +175,14 @@ def spread(tree: Any, shardings: Any) -> Any:
   if isinstance(shardings, jax.sharding.Sharding):
     return jax.tree.map(lambda x: put(x, shardings), tree)
   return jax.tree.map(put, tree, shardings)
+
+
+def put(tree: Any, mesh: Mesh | None) -> Any:
+  """Small host values, whole on every device; a transfer that is asked for, where jit
+  would make one by itself in every call."""
+  if mesh is None:
+    return jax.device_put(tree)
+  return spread(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def on_own_devices(tree: Any, mesh: Mesh) -> Any:

@@ -230,7 +230,7 @@ def generate(
   marks = [again] if isinstance(again, str) and again else again
   table = _stop_table(policy, marks or stops)
   rollout_model, params = _cached_layout(model, policy.params, dtype)
-  rules = _rules(policy, table, bool(marks))
+  rules = hosts.put(_rules(policy, table, bool(marks)), rollout_model.mesh)
   wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
   capacity = min(capacity, config.max_positions)
   queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
@@ -240,6 +240,8 @@ def generate(
   group = max(1, min(slots // 4, PREFILL_TOKENS // wide))
   group = -(-group // shards) * shards
 
+  put = lambda tree: hosts.put(tree, rollout_model.mesh)
+  drawn_from = put((np.uint32(seed), np.int32(step), np.int32(purpose)))
   state = device.jit_empty(rollout_model, slots, samples, wide, capacity, queue)
   results: dict[int, tuple] = {}
   waiting = list(range(count))[::-1]
@@ -253,19 +255,10 @@ def generate(
       ]
       holds.update(taken)
       batch = _batch(taken, group, slots, wide, queue, ids, prompt_ids, forced, each)
-      state = device.jit_insert(
-        rollout_model,
-        params,
-        state,
-        batch,
-        np.uint32(seed),
-        np.int32(step),
-        np.int32(purpose),
-      )
+      state = device.jit_insert(rollout_model, params, state, put(batch), *drawn_from)
     enough = group if waiting else slots + 1
-    state = device.jit_decode(
-      rollout_model, params, state, rules, np.int32(capacity * 2), np.int32(enough)
-    )
+    limits = put((np.int32(capacity * 2), np.int32(enough)))
+    state = device.jit_decode(rollout_model, params, state, rules, *limits)
     done_S = np.asarray(state.done_B).reshape(slots, samples).all(-1)
     ended = [slot for slot in holds if done_S[slot]]
     _harvest(state, ended, holds, samples, results)
@@ -365,10 +358,10 @@ def _rules(policy: Policy, table: StopTable, again: bool) -> device.Rules:
   eos = sorted(set(policy.eos_ids))
   wide = -(-max(1, len(eos)) // EOS_BUCKET) * EOS_BUCKET
   return device.Rules(
-    eos_Z=jnp.asarray(eos + [-1] * (wide - len(eos)), jnp.int32),
-    next_state_XV=jnp.asarray(table.next_state, jnp.int32),
-    stop_state=jnp.int32(table.terminal),
-    again=jnp.bool_(again),
+    eos_Z=np.array(eos + [-1] * (wide - len(eos)), np.int32),
+    next_state_XV=np.asarray(table.next_state, np.int32),
+    stop_state=np.int32(table.terminal),
+    again=np.bool_(again),
   )
 
 

@@ -120,7 +120,7 @@ def fit(
   while not over():
     batch = next(batches)
     with timers.phase("update"):
-      state, metrics = step(state, batch)
+      state, metrics = step(state, jax.device_put(batch))
     if waiting is not None:
       report(*waiting)
     progress.updates += 1

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError, StoppedError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
@@ -229,6 +230,8 @@ class Updater:
       self.reference = dataclasses.replace(reference, model=model)
     self.recompute = config.old_logp == "recompute"
     self.measured = self.begun = False
+    heat = np.float32(config.temperature)
+    self.temperature = hosts.put(heat, trainee.start.model.mesh)
     self.guard = Guard(config.optimizer, trainee.start.tokenizer)
 
   def notes(self) -> dict[str, bool]:
@@ -293,7 +296,7 @@ class Updater:
     """One update of the policy, of this name; its metrics, still on the device."""
     trainee, config = self.trainee, self.config
     trainee.state, metrics = self.step(
-      trainee.state, part, trainee.base, np.float32(config.temperature)
+      trainee.state, part, trainee.base, self.temperature
     )
     self.guard.add(name, metrics, part)
     if not self.begun and not metrics["skipped"]:

@@ -190,7 +190,7 @@ def lab(monkeypatch, policy):
     said = [record.say(step, text) for text in texts for _ in range(samples)]
     return rollout_of(policy.tokenizer, prompt_ids, said)
 
-  def train(start, rows, config, on_step=None):
+  def train(start, rows, config, on_step=None, timers=None):
     record.starts.append(start)
     record.trained.append(list(rows))
     record.configs.append(config)
