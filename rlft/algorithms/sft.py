@@ -31,6 +31,7 @@ from rlft.training.data import (
   completion_end,
   encode_prompts,
   encode_rows,
+  grouped,
 )
 from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
@@ -194,6 +195,18 @@ def train(
   # A batch that its epoch cannot fill is an update too.
   batches_per_epoch = math.ceil(len(encoded) / config.batch_size)
   planned = math.ceil(epochs * batches_per_epoch)
+
+  @functools.cache
+  def tokens_in(epoch: int) -> list[int]:
+    """Tokens in the loss of each of its batches."""
+    groups = grouped(
+      [len(row.tokens) for row in encoded],
+      batch_size=config.batch_size,
+      seed=config.seed,
+      epoch=epoch,
+    )
+    return [int(sum(sum(encoded[i].weight) for i in rows)) for _, rows in groups]
+
   fitted = fit(
     make_train_step(model, config.optimizer, config.micro_batches),
     init_state(policy.params, config.optimizer, planned),
@@ -207,7 +220,9 @@ def train(
     batches_per_epoch,
     planned,
     Guard(config.optimizer, policy.tokenizer),
-    tokens_of=lambda batch: int(batch.weight.sum()),
+    tokens_of=lambda update: tokens_in(update // batches_per_epoch)[
+      update % batches_per_epoch
+    ],
     budget=config.update_tokens,
     on_step=on_step,
     saving=saving,

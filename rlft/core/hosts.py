@@ -132,10 +132,10 @@ def place_own(batch: Any, mesh: Mesh | None) -> Any:
 
   Args:
     batch: tree of host arrays [b, ...]; b is the same on all processes.
-    mesh: rows lie over its batch axes; None leaves the arrays where they are.
+    mesh: rows lie over its batch axes; None puts them on jax's default device.
   """
   if mesh is None:
-    return batch
+    return jax.device_put(batch)
   of = share(mesh).of
 
   def put(x):

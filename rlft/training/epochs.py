@@ -63,7 +63,7 @@ def fit(
   guard: Guard,
   *,
   curves: Sequence[str] = ("loss",),
-  tokens_of: Callable[[Any], int] = lambda batch: 0,
+  tokens_of: Callable[[int], int] = lambda update: 0,
   budget: int = 0,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   saving: Saving | None = None,
@@ -79,7 +79,8 @@ def fit(
     planned: updates to make.
     guard: of what is trained; ends the run where its numbers are not finite.
     curves: metrics of which every update's value is kept.
-    tokens_of: a batch's tokens in the loss.
+    tokens_of: of an update, from 0: its batch's tokens in the loss. The host knows;
+      to read them from a batch on a mesh would wait for the update.
     budget: ends the run with the update that has brought the tokens to so many, instead
       of `planned` updates; 0 is off.
     on_step: called with (update, updates planned, metrics) after every update. Metrics
@@ -120,11 +121,11 @@ def fit(
   while not over():
     batch = next(batches)
     with timers.phase("update"):
-      state, metrics = step(state, jax.device_put(batch))
+      state, metrics = step(state, batch)
     if waiting is not None:
       report(*waiting)
+    progress.tokens += tokens_of(progress.updates)
     progress.updates += 1
-    progress.tokens += tokens_of(batch)
     waiting = progress.updates, metrics, batch
     stop = saving is not None and saving.asked_to_stop()
     due = saving is not None and (stop or progress.updates % saving.every == 0)

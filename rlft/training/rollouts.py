@@ -355,7 +355,7 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
     if short:
       grow = lambda x, short=short: ((0, short),) + ((0, 0),) * (x.ndim - 1)
       block = [np.pad(x, grow(x), mode="edge") for x in block]
-    block = jax.device_put(hosts.place_own(tuple(block), mesh))
+    block = hosts.place_own(tuple(block), mesh)
     out.append(hosts.paced(run(*block)))
   return lambda: np.concatenate([hosts.own_rows(x) for x in out])[:count]
 
@@ -375,9 +375,7 @@ def minibatches(
   ones that it would take of one process.
   """
   trains_B = hosts.together(batch.loss_mask.any(1), mesh)
-  take = lambda part: jax.device_put(
-    place(jax.tree.map(lambda x: x[part], batch), mesh)
-  )
+  take = lambda part: place(jax.tree.map(lambda x: x[part], batch), mesh)
   if hosts.several():
     whole = hosts.place_own(batch, mesh)
     take = lambda part: hosts.paced(_take_rows(whole, part, mesh))

@@ -161,7 +161,7 @@ def test_place_shards_the_rows():
   batch = place(collate(rows_of([3] * 8), 8, 16), mesh)
   for x in jax.tree.leaves(batch):
     assert x.addressable_shards[0].data.shape == (2, 16)
-  assert place(batch, None) is batch
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(place(batch, None)))
 
 
 # ----------------------------------------------------------------------- encoding
