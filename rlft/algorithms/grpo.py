@@ -512,7 +512,7 @@ class _Run:
     of, done = config.epochs * config.minibatches, 0
     if not any(hosts.everyone(bool(batch.loss_mask.any()))):
       log.warning("iteration %d: no row could be judged; nothing is updated", index)
-      return {}
+      return {"update/skipped": float(of)}
     for epoch in range(config.epochs):
       parts = rollouts.minibatches(
         batch, config.minibatches, config.seed, index, epoch, self.mesh

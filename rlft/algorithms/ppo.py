@@ -644,7 +644,7 @@ class _Run:
     of = config.epochs * config.minibatches
     if not any(hosts.everyone(bool(batch.loss_mask.any()))):
       log.warning("iteration %d: no row could be judged; nothing is updated", index)
-      return {}
+      return {"update/skipped": float(of)}
     done = 0
     for epoch in range(config.epochs):
       parts = rollouts.minibatches(

@@ -1,4 +1,4 @@
-"""Shows a work directory: its checkpoints and their health, last metrics, transcripts.
+"""Shows a work directory: checkpoints and their health, metrics, time, transcripts.
 
   rlft inspect runs/ppo
   rlft inspect runs/ppo --verify      # reads every array of every checkpoint
@@ -21,6 +21,7 @@ from rlft.training.checkpoint import DIRECTORY, LOCK, Checkpointer
 
 SUMMARY = "show a run: checkpoints and their health, last metrics, transcripts"
 TRANSCRIPT_LINES = 24
+COMPILED_SHOWN = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     damaged = _checkpoints(workdir, args.verify)
   if rows:
     _metrics(rows)
+    if line := metrics.goodput(metrics.phase_seconds(rows)):
+      print(line)
+  if (workdir / metrics.COMPILES).is_file():
+    _compiles(metrics.read_lines(workdir / metrics.COMPILES))
   for path in sorted(workdir.glob("**/transcripts*.txt"))[-1:]:
     lines = path.read_text().splitlines()
     print(f"\n{path}, the first of {len(lines)} lines:\n")
@@ -93,6 +98,22 @@ def _metrics(rows: list[dict[str, Any]]) -> None:
     f"metrics: {len(rows)} lines, the last of {_ago(last['time'])}",
     ["", f"step {first['step']}", f"step {last['step']}"],
     [[name, first.get(name), last[name]] for name in names],
+  )
+
+
+def _compiles(lines: list[dict[str, Any]]) -> None:
+  """What XLA compiled; a program with many shapes is one that is compiled again."""
+  programs: dict[str, list[dict[str, Any]]] = {}
+  for line in lines:
+    programs.setdefault(line["program"], []).append(line)
+  seconds = lambda name: sum(line["seconds"] for line in programs[name])
+  show.table(
+    f"compiled: {len(lines)} times, {sum(map(seconds, programs)):,.1f} s in all",
+    ["program", "times", "seconds", "last arguments of the last time"],
+    [
+      [name, len(programs[name]), seconds(name), " ".join(programs[name][-1]["last"])]
+      for name in sorted(programs, key=seconds, reverse=True)[:COMPILED_SHOWN]
+    ],
   )
 
 

@@ -150,15 +150,19 @@ class MetricWriter:
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The lines that `MetricWriter` wrote, oldest first; a torn last one is left out."""
-  path = Path(workdir) / RECORD
-  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
   return [
     {
       name: _NONFINITE.get(value, value) if isinstance(value, str) else value
-      for name, value in json.loads(line).items()
+      for name, value in line.items()
     }
-    for line in lines
+    for line in read_lines(Path(workdir) / RECORD)
   ]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+  """The whole lines of a file of JSON objects; none where there is no file."""
+  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+  return [json.loads(line) for line in lines]
 
 
 def _number(name: str, value: Any) -> float:

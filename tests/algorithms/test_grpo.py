@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -154,6 +156,18 @@ def test_joined_groups_are_the_rows_that_were_sampled(tiny):
   np.testing.assert_array_equal(judged.value, pay(joined, None).value)
   rows = rollouts.region(joined)
   assert (rows.chosen.sum(1) == joined.lengths).all()
+
+
+def test_when_all_rows_are_cut_nothing_is_updated(tiny, caplog):
+  """B5: not even by the optimiser's momentum; and it is counted."""
+  config = settings(iterations=2, max_new_tokens=1, mask_truncated=True, minibatches=2)
+  tiny = dataclasses.replace(tiny, eos_ids=(7,))  # no token of its vocabulary
+  result = grpo.run(tiny, PROMPTS, pay, config)
+  for stats in result.iterations:
+    assert stats["completion/truncated"] == 1
+    assert stats["update/skipped"] == 2 * config.epochs
+  assert change(tiny, result.policy) == 0
+  assert "nothing is updated" in caplog.text
 
 
 def test_rows_without_judgement_are_in_no_baseline(tiny):

@@ -224,6 +224,7 @@ def test_rows_without_judgement_teach_nothing(tiny):
 
   result = one(tiny, reward=nothing)
   assert largest_change(result.policy, tiny) == 0
+  assert result.iterations[0]["update/skipped"] == 1
 
 
 def test_what_is_cut_can_be_left_out_or_bootstrapped(tiny):

@@ -14,10 +14,15 @@ from rlft.training.metrics import MetricWriter
 def workdir(tmp_path):
   with MetricWriter(tmp_path, tensorboard=False) as writer:
     for step in (1, 2, 3):
-      writer.write(step, {"reward/mean": step / 4, "learning_rate": 1e-5 * step}, step)
+      found = {"reward/mean": step / 4, "learning_rate": 1e-5 * step}
+      times = {"time/rollout": 6.0, "time/update": 3.0, "time/checkpoint": 1.0}
+      writer.write(step, found | times, step)
   with Checkpointer(tmp_path) as checkpoints:
     for step in (2, 3):
       checkpoints.save(step, {"w": np.arange(4096.0) * step})
+  line = '{"program": "jit(step)", "seconds": %s, "last": ["int32[8,%s]"]}\n'
+  lines = [line % (2.5, 16), line % (4.0, 32), '{"torn']
+  (tmp_path / "compiles.jsonl").write_text("".join(lines))
   (tmp_path / "after").mkdir()
   (tmp_path / "after" / "transcripts_test.txt").write_text("How many?\n#### 4\n")
   return tmp_path
@@ -29,6 +34,8 @@ def test_a_sound_run(workdir, capsys):
   said = capsys.readouterr().out
   assert said.count("whole") == 2
   assert "3 lines" in said and "0.750" in said and "3.0e-05" in said
+  assert "goodput 90.0% of 30 s: rollout 60.0%, update 30.0%" in said
+  assert "2 times, 6.5 s" in said and "jit(step)" in said and "int32[8,32]" in said
   assert "#### 4" in said and "last writer: pid" in said
   assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
 
