@@ -17,6 +17,10 @@ import jax.numpy as jnp
 from rlft.models.decoder import DecoderConfig
 from rlft.models.linear import matmul
 
+# Of a chunk: 2,048 tokens of a vocabulary of 32,768. Beyond it chunks have fewer,
+# so that logits take the same memory whatever the vocabulary.
+MOST_LOGITS = 2**26
+
 
 def lm_logits(params: dict, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
   """Logits of the next token in float32, before any temperature.
@@ -65,7 +69,8 @@ def lm_logp(
     hidden_BTE: the state that predicts each target.
     targets_BT: int32, the token that each state predicts.
     temperature: scalar or [B], positive.
-    chunk_tokens: about how many tokens' logits a device holds at once.
+    chunk_tokens: about how many tokens' logits a device holds at once, at most; see
+      `MOST_LOGITS`.
     with_entropy: whether the entropy is wanted.
     shards: how many devices share the batch. A matrix that is sharded over them is
       gathered for every chunk: chunks of the whole batch's tokens would have a pod
@@ -78,6 +83,7 @@ def lm_logp(
   chex.assert_equal_shape_prefix([hidden_BTE, targets_BT], 2)
   batch, length, _ = hidden_BTE.shape
   # Chunks run along time, so that a sharded batch axis stays as it is.
+  chunk_tokens = min(chunk_tokens, MOST_LOGITS // config.vocab_size)
   span = max(1, min(length, chunk_tokens * shards // batch))
   chunks = -(-length // span)
   pad = chunks * span - length

@@ -307,6 +307,19 @@ def test_chunks_change_nothing(tie, temperature):
     assert_close(chunked, grads, 2e-6)
 
 
+@pytest.mark.parametrize(("vocab", "chunks"), [(2**15, 1), (2**16, 2), (2**18, 8)])
+def test_a_chunk_of_logits_is_as_large_whatever_the_vocabulary(vocab, chunks):
+  config = dataclasses.replace(CONFIG, vocab_size=vocab, tie_embeddings=False)
+  params = {"head": jax.ShapeDtypeStruct((config.width, vocab), np.float32)}
+  hidden = jax.ShapeDtypeStruct((4, 512, config.width), np.float32)
+  targets = jax.ShapeDtypeStruct((4, 512), np.int32)
+  run = lambda params, *rows: heads.lm_logp(params, config, *rows)
+  text = str(jax.make_jaxpr(run)(params, hidden, targets))
+  assert f"f32[4,{512 // chunks},{vocab}]" in text
+  assert ("length=" in text) == (chunks > 1)
+  assert f"length={chunks}" in text or chunks == 1
+
+
 @pytest.mark.parametrize("chunk", [10**6, 3 * ROWS])
 def test_entropy_is_that_of_the_whole_distribution(chunk):
   config = dataclasses.replace(CONFIG, tie_embeddings=False)
