@@ -44,6 +44,7 @@ from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, grouped, place
 from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
+from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.pairs import PairBatch, TokenPair, collate_pairs, encode_pairs
 from rlft.training.saving import Saving
@@ -317,6 +318,7 @@ def train(
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   on_progress: Callable[[int, int], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> DPOResult:
   """Trains a policy on preferences.
 
@@ -332,6 +334,7 @@ def train(
     on_progress: called with (pairs done, pairs to do) of the reference's pass.
     saving: saves the run, and goes on with what it has saved (the reference's pass is
       made again); see `training.epochs`.
+    timers: see `training.epochs`.
 
   Raises:
     ConfigError, DataError: before any device work.
@@ -423,6 +426,7 @@ def train(
     curves=("loss", "accuracy", "margin"),
     on_step=report,
     saving=saving,
+    timers=timers,
   )
   trainee.state = fitted.state
   if held:

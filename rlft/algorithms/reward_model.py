@@ -37,6 +37,7 @@ from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, encode_rows
 from rlft.training.divergence import Guard
 from rlft.training.epochs import Fitted, fit
+from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.outcomes import (
   Outcome,
@@ -170,6 +171,7 @@ def train_pairs(
   references: Sequence[tuple[str, str]] = (),
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> RewardModelResult:
   """Trains a reward model on preferences.
 
@@ -181,7 +183,7 @@ def train_pairs(
       default the chosen sides.
     on_step: called with (update, updates planned, metrics) after every update; the
       metrics ("loss", "accuracy", "reward_gap" ...) are those of the update before.
-    saving: saves the run, and goes on with what it has saved; see `training.epochs`.
+    saving, timers: see `training.epochs`.
 
   Raises:
     ConfigError, DataError: before any device work.
@@ -209,7 +211,7 @@ def train_pairs(
     mesh=start.model.mesh,
   )
   trained, fitted = _fit(
-    start, pair_loss, epoch_of, len(pairs), config, on_step, saving
+    start, pair_loss, epoch_of, len(pairs), config, on_step, saving, timers
   )
   if config.normalise:
     trained = normalise(trained, [row.tokens for row in rows])
@@ -238,6 +240,7 @@ def train_outcome(
   *,
   on_step: Callable[[int, int, dict[str, float]], None] | None = None,
   saving: Saving | None = None,
+  timers: PhaseTimers | None = None,
 ) -> RewardModelResult:
   """Trains an outcome model: the logit that a prefix ends in a right answer.
 
@@ -246,7 +249,7 @@ def train_outcome(
     outcomes: labelled solutions, of `sample_outcomes`.
     config: see `RewardModelConfig`; nothing is normalised, for a probability has a
       scale of its own.
-    on_step, saving: as for `train_pairs`.
+    on_step, saving, timers: as for `train_pairs`.
 
   Raises:
     ConfigError, DataError: before any device work.
@@ -289,7 +292,7 @@ def train_outcome(
     mesh=start.model.mesh,
   )
   trained, fitted = _fit(
-    start, outcome_loss, epoch_of, len(kept), config, on_step, saving
+    start, outcome_loss, epoch_of, len(kept), config, on_step, saving, timers
   )
   return _result(trained, fitted, len(kept), len(rows), began)
 
@@ -336,6 +339,7 @@ def _fit(
   config: RewardModelConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None,
   saving: Saving | None,
+  timers: PhaseTimers | None,
 ) -> tuple[ScalarModel, Fitted]:
   """Runs the updates; (trained model, what they gave)."""
   model = start.model.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
@@ -351,6 +355,7 @@ def _fit(
     curves=("loss", "accuracy"),
     on_step=on_step,
     saving=saving,
+    timers=timers,
   )
   return dataclasses.replace(start, params=fitted.state.params), fitted
 

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         on_step=events.on_step,
         on_progress=lambda done, of: events("reference", {"done": done, "of": of}),
         saving=keep,
+        timers=events.timers,
       )
   rlft.save(result.policy, workdir / "model")
   print(

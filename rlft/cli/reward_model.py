@@ -124,7 +124,10 @@ def run(args: argparse.Namespace) -> int:
       else:
         task, train = config.task, reward_model.train_outcome
         rows = sample(policy, config, "train", task.train, task.train_start)
-      result = train(policy, rows, config.train, on_step=events.on_step, saving=keep)
+      result = train(
+        policy, rows, config.train, on_step=events.on_step, saving=keep,
+        timers=events.timers,
+      )  # fmt: skip
   save_scalar(result.model, workdir / "model")
   print(
     f"{result.steps} updates on {result.rows} rows ({result.dropped} dropped), loss "
