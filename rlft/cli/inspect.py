@@ -111,10 +111,16 @@ def _compiles(lines: list[dict[str, Any]]) -> None:
     f"compiled: {len(lines)} times, {sum(map(seconds, programs)):,.1f} s in all",
     ["program", "times", "seconds", "last arguments of the last time"],
     [
-      [name, len(programs[name]), seconds(name), " ".join(programs[name][-1]["last"])]
+      [name, len(programs[name]), seconds(name), _short(programs[name][-1]["last"])]
       for name in sorted(programs, key=seconds, reverse=True)[:COMPILED_SHOWN]
     ],
   )
+
+
+def _short(shapes: list[str]) -> str:
+  """Of the last ones, as many as a line has room for."""
+  text = " ".join(shapes)
+  return text if len(text) <= 40 else "... " + text[-40:].partition(" ")[2]
 
 
 def _ago(then: float) -> str:
