@@ -400,8 +400,8 @@ def test_a_plan_for_v5e(tmp_path, capsys):
   report = compiling.compile_plan(run, tpu("v5e:4x4"), 128, cache=tmp_path)
   names = [one.name for one in report.programs]
   assert names == [
-    "prefill", "decode", "policy logp", "reference logp", "values", "value step",
-    "policy step",
+    "rollout copy", "prefill", "decode", "policy logp", "reference logp", "values",
+    "value step", "policy step",
   ]  # fmt: skip
   assert report.complete and report.fits
   by_name = {one.name: one for one in report.programs}
