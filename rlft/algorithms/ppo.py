@@ -620,8 +620,11 @@ class _Run:
     if hosts.several():
       rows_of_all = hosts.place_own(rows_of_all, mesh)
       numbers = hosts.put(numbers, mesh)
+    else:
+      rows_of_all, numbers = jax.device_put((rows_of_all, numbers))
     found = estimate_advantages(
-      *jax.device_put((*rows_of_all, *numbers)),
+      *rows_of_all,
+      *numbers,
       estimator=config.kl_estimator, whiten=config.whiten_advantages,
     )  # fmt: skip
     found = {name: hosts.own_rows(x) for name, x in found.items()}

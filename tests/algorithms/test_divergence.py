@@ -20,6 +20,7 @@ from rlft.training.saving import Saving
 from rlft.training.step import init_state, make_step
 
 PROMPT = [Example(0, "a", "", "")]
+BOTH = [pytest.param(ppo, marks=pytest.mark.slow), grpo]
 HUGE = np.float32(3e38)  # finite, as rewards must be; no float32 holds its square
 
 
@@ -54,7 +55,7 @@ def config_of(module, **changes):
   )
 
 
-@pytest.mark.parametrize("module", [ppo, grpo])
+@pytest.mark.parametrize("module", BOTH)
 def test_an_iteration_without_finite_numbers_is_skipped(tiny, module, caplog):
   """Its two updates are: they are counted, and the run goes on as it was."""
   seen = []
@@ -73,7 +74,7 @@ def test_an_iteration_without_finite_numbers_is_skipped(tiny, module, caplog):
     assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("module", [ppo, grpo])
+@pytest.mark.parametrize("module", BOTH)
 def test_three_updates_in_a_row_end_the_run(tiny, module, tmp_path):
   """After the iteration's metrics, before its checkpoint; the batch can be read."""
   seen = []

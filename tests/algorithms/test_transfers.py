@@ -51,7 +51,7 @@ def test_supervised_updates(where, request, forbid):
 @pytest.mark.parametrize(
   "where", ["tiny", pytest.param("spread", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("module", [ppo, grpo])
+@pytest.mark.parametrize("module", [ppo, pytest.param(grpo, marks=pytest.mark.slow)])
 def test_iterations(module, where, request, toy, forbid):
   kind = {ppo: ppo.PPOConfig, grpo: grpo.GRPOConfig}[module]
   settings = {"loss": grpo.GRPOLoss(kl_coef=0.1)} if module is grpo else {}
