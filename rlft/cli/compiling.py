@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from rlft.cli import planning
+from rlft.cli import planning, runs
 from rlft.cli.estimates import CHIPS, GIB, Chip, roofline
 from rlft.cli.planning import Program
 from rlft.core import costs
@@ -210,7 +210,10 @@ def compile_plan(
     ConfigError: before anything is compiled.
   """
   sizes = settings.mesh
-  mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, target.devices)
+  weights = runs.weight_count(planning.architecture(settings.model))
+  trained = getattr(settings, "trained", 1)
+  fsdp = runs.shards_needed(sizes, weights, trained, target.devices, target.chip.hbm)
+  mesh = make_mesh(sizes.data, fsdp, sizes.tensor, target.devices)
   plan = planning.make_plan(settings, mesh, prompt)
   names = [program.name for program in plan.programs]
   for name in only:

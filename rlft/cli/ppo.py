@@ -54,6 +54,11 @@ class PPORun:
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
 
+  @property
+  def trained(self) -> int:
+    """Models that train."""
+    return 2 if self.ppo.value == "separate" else 1
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   configs.add_arguments(parser, workdir="runs/ppo")
@@ -64,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
   workdir = Path(args.workdir)
   train = runs.train_examples(config.task)
   dev = rl.dev_examples(config.task, config.dev_prompts)
-  policy = runs.make_policy(config.model, config.mesh)
+  policy = runs.make_policy(config.model, config.mesh, trained=config.trained)
   value = None
   if config.value:
     value = as_value(load_scalar(config.value, mesh=policy.model.mesh))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
-from rlft.core.mesh import make_mesh, tree_shardings
+from rlft.core.mesh import fewest_shards, make_mesh, slices, tree_shardings
 from rlft.core.types import Example
 from rlft.models.decoder import (
   Decoder,
@@ -21,7 +24,7 @@ from rlft.models.decoder import (
   param_axes,
   param_shapes,
 )
-from rlft.models.hub import Policy, load
+from rlft.models.hub import Policy, architecture, load
 from rlft.probes.evaluate import Evaluation
 from rlft.rewards.verifiable import Judge
 from rlft.tasks import arithmetic, gsm8k
@@ -34,13 +37,14 @@ class MeshConfig:
   """Sizes of the mesh; -1 takes the devices that the others leave.
 
   Attributes:
-    data, fsdp, tensor: see `core.mesh.make_mesh`.
+    data, fsdp, tensor: see `core.mesh.make_mesh`. fsdp=0 takes the fewest devices of a
+      slice whose memory holds the state of all models, on a CPU one.
     devices: how many there must be, on all hosts together: a run that finds fewer ends
       before it trains something else than was meant; 0 takes any number.
   """
 
   data: int = -1
-  fsdp: int = 1
+  fsdp: int = 0
   tensor: int = 1
   devices: int = 0
 
@@ -92,15 +96,58 @@ class TaskConfig:
   on_bad: Literal["raise", "skip"] = "raise"
 
 
-def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
-  """Loads the model, or makes one from random weights, on the mesh."""
+# Bytes of a weight that is trained (float32, its gradient and two moments), of a copy
+# that is kept, and of the rollout's; and the part of a device that is for them: the
+# rest is for activations and the cache.
+TRAINED, KEPT, ROLLOUT, SHARE = 16, 4, 2, 0.6
+
+
+def shards_needed(
+  sizes: MeshConfig,
+  weights: int,
+  trained: int,
+  devices: Sequence[jax.Device],
+  memory: float | None,
+) -> int:
+  """fsdp, where the settings leave it open.
+
+  Args:
+    sizes: of the mesh.
+    weights: of one model.
+    trained: models that train; two more copies (reference, best) are kept.
+    devices: of the mesh.
+    memory: bytes of one of them; None where nobody knows, as on a CPU.
+  """
+  if sizes.fsdp or memory is None:
+    return sizes.fsdp or 1
+  held = weights / sizes.tensor  # tensor shards everything, the rollout's copy too
+  room = SHARE * memory - ROLLOUT * held
+  most = len(devices) // sizes.tensor // slices(devices)
+  return fewest_shards((TRAINED * trained + 2 * KEPT) * held, room, max(1, most))
+
+
+@functools.lru_cache(maxsize=16)
+def weight_count(config: DecoderConfig) -> int:
+  """Parameters of a decoder."""
+  shapes = jax.tree.leaves(param_shapes(Decoder(config)))
+  return sum(math.prod(leaf.shape) for leaf in shapes)
+
+
+def make_policy(config: ModelConfig, mesh: MeshConfig, trained: int = 1) -> Policy:
+  """Loads the model, or makes one from random weights, on the mesh.
+
+  Args:
+    config: which.
+    mesh: its sizes.
+    trained: models of its size that train, for what `mesh` leaves open.
+  """
   found = jax.device_count()
   if mesh.devices and mesh.devices != found:
     raise ConfigError(
       f"{mesh.devices} devices are expected (mesh.devices), and there are {found}, on "
       f"{jax.process_count()} hosts: look for one that did not start, or set the number"
     )
-  grid = make_mesh(mesh.data, mesh.fsdp, mesh.tensor) if found > 1 else None
+  grid = _grid(config, mesh, trained) if found > 1 else None
   if config.decoder is None:
     return load(model_path(config.path), mesh=grid, dtype=config.dtype)
   from rlft.tasks.tokenizer import word_tokenizer
@@ -120,6 +167,17 @@ def make_policy(config: ModelConfig, mesh: MeshConfig) -> Policy:
     layout = tree_shardings(grid, param_axes(model), param_shapes(model))
     params = hosts.spread(params, layout)
   return Policy(model=model, params=params, tokenizer=tokenizer, config=decoder)
+
+
+def _grid(config: ModelConfig, sizes: MeshConfig, trained: int) -> Mesh:
+  stats = jax.local_devices()[0].memory_stats() or {}
+  memory = stats.get("bytes_limit")
+  weights = 0
+  if not sizes.fsdp and memory is not None:
+    decoder = config.decoder or architecture(model_path(config.path))
+    weights = weight_count(decoder)
+  fsdp = shards_needed(sizes, weights, trained, jax.devices(), memory)
+  return make_mesh(sizes.data, fsdp, sizes.tensor)
 
 
 def model_path(name: str) -> str:

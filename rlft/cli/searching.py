@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from rlft.cli import planning
 from rlft.cli.compiling import OnProgram, Report, Target, compile_plan
+from rlft.cli.runs import weight_count
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import make_mesh
 from rlft.models.decoder import DecoderConfig
@@ -196,16 +197,6 @@ def step_bytes(
   table = config.vocab_size * config.output_width / tensor * (size + 4)
   logits = 3 * 4 * min(tokens, CHUNK) * config.vocab_size / tensor
   return activations + gathered + gradients + table + logits
-
-
-def weight_count(config: DecoderConfig) -> int:
-  """Parameters of the decoder, norms and biases left out."""
-  heads = config.heads * config.head_dim
-  keys = config.kv_heads * config.head_dim
-  mlp = (3 if config.gated_mlp else 2) * config.width * config.mlp_width
-  layer = config.width * (2 * heads + 2 * keys) + mlp
-  tables = 1 if config.tie_embeddings else 2
-  return config.layers * layer + tables * config.vocab_size * config.output_width
 
 
 def _seconds(

@@ -80,11 +80,11 @@ def make_mesh(
       f"mesh sizes {sizes} multiply to {math.prod(sizes.values())}, but there are "
       f"{len(devices)} devices; set one of them to -1 to take what is left"
     )
-  slices = len({_slice_of(device) for device in devices})
-  if sizes["data"] % slices:
+  parts = slices(devices)
+  if sizes["data"] % parts:
     raise ConfigError(
-      f"mesh sizes {sizes} on {slices} slices: the network between slices is for data "
-      f"alone, so data must be a multiple of {slices}"
+      f"mesh sizes {sizes} on {parts} slices: the network between slices is for data "
+      f"alone, so data must be a multiple of {parts}"
     )
   shape = tuple(sizes[name] for name in AXES)
   kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
@@ -99,6 +99,29 @@ def make_mesh(
 
 def _slice_of(device: jax.Device) -> int:
   return getattr(device, "slice_index", None) or 0
+
+
+def fewest_shards(total: float, room: float, most: int) -> int:
+  """The smallest divisor of `most` into which `total` can be cut to fit into `room`.
+
+  For fsdp: what is sharded further than memory asks for is gathered from further away.
+
+  Args:
+    total: bytes to shard.
+    room: bytes of a device.
+    most: devices to shard over.
+
+  Returns:
+    The number of shards; `most` when even those do not fit (the run, or `rlft plan`,
+    then says so).
+  """
+  divisors = [size for size in range(1, most + 1) if most % size == 0]
+  return next((size for size in divisors if total / size <= room), most)
+
+
+def slices(devices: Sequence[jax.Device]) -> int:
+  """How many slices the devices are of, with a slower network between them."""
+  return len({_slice_of(device) for device in devices})
 
 
 def axis_size(mesh: Mesh | None, names: str | Sequence[str] | None) -> int:

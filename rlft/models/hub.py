@@ -137,6 +137,18 @@ def load(
   )
 
 
+def architecture(path_or_id: str | os.PathLike[str]) -> DecoderConfig:
+  """What a model is, without its weights; arguments and errors as of `load`."""
+  path = _locate(path_or_id)
+  if path.is_file():
+    from rlft.models import gguf
+
+    hf = gguf.read_config(path)
+  else:
+    hf = _json(path / "config.json")
+  return families.resolve(hf).from_hf(hf)
+
+
 def save(
   policy: Policy,
   path: str | os.PathLike[str],

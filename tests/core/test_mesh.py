@@ -144,3 +144,11 @@ def test_slices_lie_along_data():
   assert (slices[:2] == 0).all() and (slices[2:] == 1).all()
   with pytest.raises(ConfigError, match=r"on 2 slices.*multiple of 2"):
     meshes.make_mesh(1, 8, 4, devices=devices)
+
+
+def test_fewest_shards_that_fit():
+  assert meshes.fewest_shards(100, 100, 8) == 1
+  assert meshes.fewest_shards(101, 100, 8) == 2
+  assert meshes.fewest_shards(390, 100, 8) == 4
+  assert meshes.fewest_shards(390, 100, 6) == 6  # 4 does not divide it
+  assert meshes.fewest_shards(9999, 100, 8) == 8  # even those do not fit

@@ -1,0 +1,53 @@
+"""What commands share: the mesh that a run gets when its settings leave it open."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import jax
+import pytest
+
+from rlft.cli import runs
+from rlft.cli.runs import MeshConfig
+from rlft.core.errors import ConfigError
+from rlft.models import hub
+
+GIB = 2**30
+WEIGHTS = 7_000_000_000  # of a 7B model
+
+
+def chips(count, slices=1):
+  return [mock.Mock(slice_index=i * slices // count) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "trained", "devices", "memory", "fsdp"),
+  [
+    (MeshConfig(), 2, chips(256), None, 1),  # a CPU does not say what it has
+    (MeshConfig(fsdp=4), 2, chips(256), 16 * GIB, 4),  # what is said counts
+    (MeshConfig(), 1, chips(8), 192 * GIB, 2),  # 24 x 7e9 bytes into .6 of 192 GiB
+    (MeshConfig(tensor=4), 2, chips(256), 16 * GIB, 16),
+    # Policy and value with their state, a reference and the best one: 40 bytes a
+    # weight; of .6 x 16 GiB the rollout's copy takes 1.75e9 bytes.
+    (MeshConfig(tensor=8), 2, chips(256), 16 * GIB, 8),
+    (MeshConfig(tensor=8), 2, chips(32), 16 * GIB, 4),  # all, and too few
+    (MeshConfig(tensor=8), 2, chips(256, slices=8), 16 * GIB, 4),  # not across slices
+  ],
+)
+def test_fsdp_is_as_small_as_memory_allows(sizes, trained, devices, memory, fsdp):
+  found = runs.shards_needed(sizes, WEIGHTS, trained, devices, memory)
+  assert found == fsdp
+
+
+def test_an_architecture_and_its_weights_are_known_without_them():
+  config = hub.architecture(runs.MINI)
+  policy = hub.load(runs.MINI)
+  assert config == policy.config
+  assert runs.weight_count(config) == sum(
+    x.size for x in jax.tree.leaves(policy.params)
+  )
+
+
+def test_a_run_that_finds_other_devices_than_expected_ends():
+  with pytest.raises(ConfigError, match="64 devices are expected.*there are 8"):
+    runs.make_policy(runs.ModelConfig(), MeshConfig(devices=64))
