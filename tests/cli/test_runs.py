@@ -49,5 +49,5 @@ def test_an_architecture_and_its_weights_are_known_without_them():
 
 
 def test_a_run_that_finds_other_devices_than_expected_ends():
-  with pytest.raises(ConfigError, match="64 devices are expected.*there are 8"):
+  with pytest.raises(ConfigError, match=r"64 devices are expected.*there are 8"):
     runs.make_policy(runs.ModelConfig(), MeshConfig(devices=64))
