@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,6 +98,26 @@ def _share(mesh: Mesh, process: int) -> Share:
     devices.reshape(size, 1, devices.shape[1]), mesh.axis_names, mesh.axis_types
   )
   return Share(index, len(parts), leads, own)
+
+
+# "On platforms with limited ICI routing" libtpu compiles for one chip or for all.
+_ALL_OR_ONE = ("v5 lite", "v5e", "v6 lite", "v6e")
+
+
+def alone(mesh: Mesh | None) -> bool:
+  """Whether each process can run programs of its own on the devices of its part.
+
+  Elsewhere rollouts run on the whole mesh, where every token waits for all hosts;
+  RLFT_ROLLOUTS=together asks for it anywhere.
+  """
+  if not several():
+    return True
+  part = share(mesh).mesh
+  if os.environ.get("RLFT_ROLLOUTS") == "together":
+    return False
+  device = part.devices.flat[0]
+  limited = any(kind in device.device_kind.lower() for kind in _ALL_OR_ONE)
+  return part.size == 1 or device.platform != "tpu" or not limited
 
 
 def own_part(items: Sequence[Any], mesh: Mesh | None) -> Any:

@@ -33,6 +33,7 @@ from rlft.models.decoder import (
 )
 from rlft.sampling import decode as device
 from rlft.sampling.buckets import bucket
+from rlft.sampling.lanes import Lanes
 from rlft.sampling.logits import MIN_TEMPERATURE, Sampling
 from rlft.sampling.stops import StopTable, compile_stops, decode_completion
 
@@ -56,7 +57,8 @@ def rollout_layout(
   Parameters are cast once, moved to the rollout layout of the mesh (tensor-parallel or
   copied, so that no token waits for weights to be gathered), and, except on TPU,
   unstacked: there a slice of stacked layers inside the loop would be a copy. Of several
-  processes each gets them on its own devices: a token waits for no other host either.
+  processes each gets them on its own devices, where those can work alone (see
+  `core.hosts.alone`): a token waits for no other host either.
 
   Args:
     model: the training model.
@@ -78,8 +80,10 @@ def rollout_layout(
     layout = tree_shardings(
       model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
     )
-    params = hosts.on_own_devices(jax.device_put(params, layout), model.mesh)
-    target = target.clone(mesh=hosts.share(model.mesh).mesh)
+    params = jax.device_put(params, layout)
+    if hosts.alone(model.mesh):
+      params = hosts.on_own_devices(params, model.mesh)
+      target = target.clone(mesh=hosts.share(model.mesh).mesh)
   unstack = model.scan and not scan
   if unstack or jax.tree.leaves(params)[0].dtype != dtype:
     params = _convert(params, dtype, model.config.layers if unstack else 0)
@@ -144,8 +148,9 @@ def generate(
   gives the same tokens however many devices or rows there are, and another `step`
   gives new ones.
 
-  Of several processes each gives prompts of its own and gets their completions; all
-  must call, for the weights move between them, but none waits for another's tokens.
+  Of several processes each gives as many prompts of its own and gets their completions;
+  all must call, for the weights move between them, but none waits for another's tokens
+  where `core.hosts.alone` is true.
 
   Args:
     policy: the model.
@@ -166,8 +171,8 @@ def generate(
       more, as a control token does before every step; not together with `stop`. They
       fit in `sampling.decode.MOST_AGAIN` times; a row that needs more is truncated.
     purpose: which stream of noise.
-    max_rows: most rows in flight (but at least one prompt's samples); further prompts
-      wait for a free slot.
+    max_rows: most rows in flight on all processes (but at least one prompt's samples a
+      shard of the batch); further prompts wait for a free slot.
     dtype: of the computation; the policy's when None.
     on_progress: called with (prompts that ended, N) now and then.
 
@@ -231,37 +236,36 @@ def generate(
   table = _stop_table(policy, marks or stops)
   rollout_model, params = _cached_layout(model, policy.params, dtype)
   rules = hosts.put(_rules(policy, table, bool(marks)), rollout_model.mesh)
-  wide, capacity = bucket(int(lengths.max())), bucket(int(budget.max()))
-  capacity = min(capacity, config.max_positions)
-  queue = bucket(max(map(len, forced)), 1) if any(forced) else 0
-  shards = batch_shards(rollout_model.mesh)
-  slots = min(bucket(count, 1), max(1, max_rows // samples))
+  sizes = [int(lengths.max()), int(budget.max()), max(map(len, forced))]
+  part = hosts.share(model.mesh)
+  lanes = Lanes(rollout_model.mesh, part, hosts.alone(model.mesh), count)
+  if lanes.of > 1:  # one program for all: its shapes are too
+    sizes = np.max(hosts.everyone(sizes), axis=0).tolist()
+  wide, capacity = bucket(sizes[0]), min(bucket(sizes[1]), config.max_positions)
+  queue = bucket(sizes[2], 1) if sizes[2] else 0
+  shards = batch_shards(rollout_model.mesh) // lanes.of
+  slots = min(bucket(count, 1), max(1, max_rows // part.of // samples))
   slots = -(-slots // shards) * shards
   group = max(1, min(slots // 4, PREFILL_TOKENS // wide))
   group = -(-group // shards) * shards
+  lanes.open(slots)
 
   put = lambda tree: hosts.put(tree, rollout_model.mesh)
   drawn_from = put((np.uint32(seed), np.int32(step), np.int32(purpose)))
-  state = device.jit_empty(rollout_model, slots, samples, wide, capacity, queue)
+  every = slots * lanes.of
+  state = device.jit_empty(rollout_model, every, samples, wide, capacity, queue)
   results: dict[int, tuple] = {}
-  waiting = list(range(count))[::-1]
-  holds: dict[int, int] = {}  # slot -> prompt
-  steps = 0
-  while len(results) < count:
-    free = [slot for slot in range(slots) if slot not in holds]
-    while waiting and free:
-      taken = [
-        (free.pop(0), waiting.pop()) for _ in range(min(group, len(free), len(waiting)))
-      ]
-      holds.update(taken)
-      batch = _batch(taken, group, slots, wide, queue, ids, prompt_ids, forced, each)
-      state = device.jit_insert(rollout_model, params, state, put(batch), *drawn_from)
-    enough = group if waiting else slots + 1
+  while lanes.busy():
+    while any(taken := lanes.take(group)):
+      own = [(lanes.first + slot, prompt) for slot, prompt in taken[lanes.index]]
+      batch = _batch(own, group, every, wide, queue, ids, prompt_ids, forced, each)
+      batch = lanes.place(batch)
+      state = device.jit_insert(rollout_model, params, state, batch, *drawn_from)
+    enough = group * lanes.of if lanes.waiting() else every + 1
     limits = put((np.int32(capacity * 2), np.int32(enough)))
     state = device.jit_decode(rollout_model, params, state, rules, *limits)
-    done_S = np.asarray(state.done_B).reshape(slots, samples).all(-1)
-    ended = [slot for slot in holds if done_S[slot]]
-    _harvest(state, ended, holds, samples, results)
+    ended = lanes.end(lanes.flags(state.done_B).reshape(every, samples).all(-1))
+    _harvest(lanes, state, ended, samples, results)
     if on_progress is not None:
       on_progress(len(results), count)
   steps = int(state.steps)
@@ -276,7 +280,7 @@ def generate(
     steps=steps,
     new_tokens=new_tokens,
     tokens_per_second=new_tokens / seconds,
-    rows=slots * samples,
+    rows=every * samples,
   )
   return rollout
 
@@ -397,10 +401,10 @@ def _batch(taken, group, slots, wide, queue, ids, prompt_ids, forced, each):
   return device.Prompts(slot, tokens, mask, address, sampling, queue_ids, queue_length)
 
 
-def _harvest(state, ended, holds, samples, results) -> None:
-  """Reads the completions of the slots that ended and frees them."""
-  if not ended:
-    return
+def _harvest(lanes, state, ended, samples, results) -> None:
+  """Reads the completions of the slots that ended."""
+  if not ended and lanes.of == 1:
+    return  # of several lanes all read, or none
   fields = (
     state.tokens_BC,
     state.logp_BC,
@@ -409,10 +413,10 @@ def _harvest(state, ended, holds, samples, results) -> None:
     state.finished_B,
     state.cache.cursor_B,
   )
-  host = [np.asarray(x) for x in jax.device_get(fields)]
-  for slot in ended:
+  host = [lanes.read(x) for x in fields]
+  for slot, prompt in ended:
     rows = slice(slot * samples, (slot + 1) * samples)
-    results[holds.pop(slot)] = tuple(x[rows].copy() for x in host)
+    results[prompt] = tuple(x[rows].copy() for x in host)
 
 
 def _assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from rlft.core import hosts
 from rlft.core import mesh as meshes
 from rlft.core.errors import ConfigError
 from rlft.core.hosts import _share
@@ -152,3 +154,23 @@ def test_fewest_shards_that_fit():
   assert meshes.fewest_shards(390, 100, 8) == 4
   assert meshes.fewest_shards(390, 100, 6) == 6  # 4 does not divide it
   assert meshes.fewest_shards(9999, 100, 8) == 8  # even those do not fit
+
+
+@pytest.mark.parametrize(
+  ("platform", "kind", "chips", "asked", "alone"),
+  [
+    ("cpu", "cpu", 4, "", True),
+    ("tpu", "TPU v5", 4, "", True),
+    ("tpu", "TPU v4", 4, "together", False),
+    ("tpu", "TPU v5 lite", 4, "", False),  # its compiler refuses 4 of 256 chips
+    ("tpu", "TPU v5 lite", 1, "", True),
+    ("tpu", "TPU v6 lite", 8, "", False),
+  ],
+)
+def test_which_hosts_can_sample_alone(monkeypatch, platform, kind, chips, asked, alone):
+  devices = np.full((chips, 1, 1), mock.Mock(platform=platform, device_kind=kind))
+  part = hosts.Share(0, 2, (0, 1), mock.Mock(devices=devices, size=chips))
+  monkeypatch.setattr(hosts, "several", lambda: True)
+  monkeypatch.setattr(hosts, "share", lambda mesh: part)
+  monkeypatch.setenv("RLFT_ROLLOUTS", asked)
+  assert hosts.alone(None) is alone

@@ -76,9 +76,9 @@ def log(workdir, index) -> str:
   return (workdir / f"log{index}.txt").read_text()
 
 
-def compute(name, out, count, devices, fsdp=1, tensor=1):
+def compute(name, out, count, devices, fsdp=1, tensor=1, **environ):
   words = [sys.executable, str(WORKER), name, str(out), str(fsdp), str(tensor)]
-  with processes(words, count, devices, out) as started:
+  with processes(words, count, devices, out, **environ) as started:
     codes = wait(started)
   assert codes == [0] * count, log(out, 0) + log(out, count - 1)
   return json.loads((out / "log.json").read_text())
@@ -113,23 +113,26 @@ def same(a, b, path=""):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("name", "count", "devices", "fsdp", "tensor"),
+  ("name", "count", "devices", "fsdp", "tensor", "rollouts"),
   [
-    ("sft", 2, 2, 2, 1),
-    ("ei", 2, 2, 2, 1),
-    ("ei", 4, 1, 2, 1),
-    ("ppo", 2, 2, 2, 1),
-    ("ppo", 4, 1, 1, 2),  # a row of the mesh is two hosts
-    ("ppo", 4, 2, 2, 2),
-    ("lora", 2, 2, 2, 1),
-    ("grpo", 2, 2, 1, 2),
+    ("sft", 2, 2, 2, 1, ""),
+    ("ei", 2, 2, 2, 1, ""),
+    ("ei", 4, 1, 2, 1, "together"),
+    ("ppo", 2, 2, 2, 1, ""),
+    ("ppo", 2, 2, 2, 1, "together"),
+    ("ppo", 4, 1, 1, 2, ""),  # a row of the mesh is two hosts
+    ("ppo", 4, 2, 2, 2, ""),
+    ("lora", 2, 2, 2, 1, ""),
+    ("grpo", 2, 2, 1, 2, ""),
   ],
 )
 def test_several_processes_compute_what_one_does(
-  tmp_path, name, count, devices, fsdp, tensor
+  tmp_path, name, count, devices, fsdp, tensor, rollouts
 ):
-  one = compute(name, tmp_path / "one", 1, count * devices, fsdp, tensor)
-  found = compute(name, tmp_path / "several", count, devices, fsdp, tensor)
+  sizes = fsdp, tensor
+  one = compute(name, tmp_path / "one", 1, count * devices, *sizes)
+  out, environ = tmp_path / "several", {"RLFT_ROLLOUTS": rollouts}
+  found = compute(name, out, count, devices, *sizes, **environ)
   same(one, found)
   weights, other = (
     load_file(tmp_path / run / "model" / "model.safetensors")
