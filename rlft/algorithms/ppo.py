@@ -627,7 +627,7 @@ class _Run:
       *numbers,
       estimator=config.kl_estimator, whiten=config.whiten_advantages,
     )  # fmt: skip
-    found = {name: hosts.own_rows(x) for name, x in found.items()}
+    found = {name: hosts.own_rows(x, mesh) for name, x in found.items()}
     batch = RLBatch(
       tokens=rows.tokens,
       mask=rows.mask,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
+import contextlib
 import difflib
 import importlib
 import os
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_STOPPED
   except RlftError as error:
     if os.environ.get("RLFT_TRACEBACK") == "1":
-      raise
+      if _alone():
+        raise
+      traceback.print_exc()
     print("rlft: error:", " ".join(str(error).split()), file=sys.stderr)
     return _leave(2)
   except KeyboardInterrupt:
@@ -131,12 +135,16 @@ def _check_hosts(name: str, command: Any) -> None:
       f"rlft {name} runs on one host, with all of its devices; {jax.process_count()} "
       "processes were started"
     )
-  counts = hosts.everyone(jax.local_device_count())
-  if len(set(counts)) > 1:
+  # Counted here: a message would need as many devices on each already.
+  counts = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(counts.values())) > 1 or len(counts) < jax.process_count():
     raise ConfigError(
-      f"the processes have {counts} devices: each needs as many as the others. "
+      f"processes have {dict(counts)} devices: each needs as many as the others. "
       "Look for a host whose accelerators did not start"
     )
+  asked = hosts.everyone(os.environ.get("RLFT_ROLLOUTS", ""))
+  if len(set(asked)) > 1:
+    raise ConfigError(f"RLFT_ROLLOUTS differs between the processes: {asked}")
   if not hosts.first():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, until the process ends
 
@@ -163,8 +171,9 @@ def _leave(code: int) -> int:
   of a computation: nobody would ever be told.
   """
   if not _alone():
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # who reads them may be gone
+      sys.stdout.flush()
+      sys.stderr.flush()
     os._exit(code)
   return code
 

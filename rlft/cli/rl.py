@@ -10,6 +10,7 @@ from typing import Any, Literal
 import rlft
 from rlft.cli import runs, show
 from rlft.cli.sft import evaluate_splits
+from rlft.core import watchdog
 from rlft.core.errors import ConfigError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
@@ -105,7 +106,8 @@ def dev_score(
   greedy = dataclasses.replace(config, samples=1, ks=(1,))
 
   def score(policy: Policy) -> float:
-    report = evaluate(policy, dev, judge, greedy).report
+    beat = lambda done, of: watchdog.beat("dev score")
+    report = evaluate(policy, dev, judge, greedy, on_progress=beat).report
     return report["metrics"]["greedy@1"]["mean"]
 
   return score

@@ -171,7 +171,8 @@ def make_policy(config: ModelConfig, mesh: MeshConfig, trained: int = 1) -> Poli
 
 def _grid(config: ModelConfig, sizes: MeshConfig, trained: int) -> Mesh:
   stats = jax.local_devices()[0].memory_stats() or {}
-  memory = stats.get("bytes_limit")
+  limits = hosts.everyone(stats.get("bytes_limit"))  # one mesh for all
+  memory = None if None in limits else min(limits)
   weights = 0
   if not sizes.fsdp and memory is not None:
     decoder = config.decoder or architecture(model_path(config.path))

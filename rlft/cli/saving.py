@@ -99,6 +99,7 @@ def saving(
 
   keep = config.checkpoint
   with (
+    _watched(keep.step_deadline if within is None else 0),
     Checkpointer(
       workdir,
       keep_last=keep.keep_last,
@@ -107,7 +108,6 @@ def saving(
       config=settings,
     ) as checkpoints,
     _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
-    _watched(keep.step_deadline if within is None else 0),
     _batch_kept(workdir),
     compiles_logged(workdir / COMPILES)
     if within is None and hosts.first()

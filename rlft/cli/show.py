@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rlft.core import hosts, watchdog
+from rlft.core import watchdog
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -31,6 +31,15 @@ COLOURS = (
   "#000000", "#882255", "#F0E442",
 )  # fmt: skip
 _MARKERS = "osD^vP*X<>"
+
+
+def _first() -> bool:
+  """Whether this process, of several, is the one that people see."""
+  if "jax" not in sys.modules:
+    return True
+  from rlft.core import hosts
+
+  return hosts.first()
 
 
 @contextlib.contextmanager
@@ -58,7 +67,7 @@ def progress(
     `advance(count=1, **numbers)`, to be called as work is done.
   """
   stream = sys.stderr if stream is None else stream
-  if not hosts.first():
+  if not _first():
     stream = io.StringIO()
   interactive = stream.isatty() and "CI" not in os.environ
   with (_bar if interactive else _lines)(title, total, stream, interval, clock) as step:
@@ -282,7 +291,7 @@ def _finish(
   if title:
     figure.suptitle(title, fontsize=11)
   path = Path(path)
-  if hosts.first():
+  if _first():
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
   return path

@@ -169,10 +169,19 @@ def place_own(batch: Any, mesh: Mesh | None) -> Any:
   return jax.tree.map(put, batch)
 
 
-def own_rows(x: jax.Array) -> np.ndarray:
-  """The rows [b, ...] of an array [B, ...] that lie on this process's devices."""
-  if x.is_fully_addressable or x.is_fully_replicated:
+def own_rows(x: jax.Array, mesh: Mesh | None = None) -> np.ndarray:
+  """The rows [b, ...] of an array [B, ...] that lie on this process's devices.
+
+  Args:
+    x: on the mesh; a number comes back as it is.
+    mesh: rows are laid over its batch axes first, where a compiler may have chosen
+      another layout; None takes them for laid so.
+  """
+  if x.is_fully_addressable or not x.ndim:
     return np.asarray(x)
+  if mesh is not None:
+    axes = ("batch",) + (None,) * (x.ndim - 1)
+    x = jax.device_put(x, sharding(mesh, axes, x.shape))
   blocks = {}
   for shard in x.addressable_shards:
     blocks.setdefault(shard.index[0].indices(x.shape[0])[:2], shard.data)
@@ -189,7 +198,7 @@ def spread(tree: Any, shardings: Any) -> Any:
 
   def put(x, where):
     if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
-      return jax.device_put(x, where)
+      return paced(jax.device_put(x, where))
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda at: host[at])
 
@@ -292,7 +301,8 @@ def everyone(value: Any) -> list[Any]:
 
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(data.size))
-  rows = multihost_utils.process_allgather(np.pad(data, (0, sizes.max() - data.size)))
+  size = 1 << int(sizes.max() - 1).bit_length()  # each size is another program
+  rows = multihost_utils.process_allgather(np.pad(data, (0, size - data.size)))
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
@@ -306,7 +316,7 @@ def by_first(action: Callable[[], Any]) -> Any:
   """What `action` gives on process 0, on every process.
 
   Raises:
-    RlftError: process 0 raised it; without this the others would wait for ever.
+    RlftError: process 0 raised an error; without this the others would wait for ever.
   """
   if not several():
     return action()
@@ -314,7 +324,7 @@ def by_first(action: Callable[[], Any]) -> Any:
   if first():
     try:
       value = action()
-    except RlftError as raised:
+    except Exception as raised:  # whatever it is, the others must be told
       error = raised
   value, text = everyone([value, None if error is None else str(error)])[0]
   if error is not None:

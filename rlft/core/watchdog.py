@@ -49,14 +49,17 @@ def watching(
     while not over.wait(min(1.0, seconds / 4)):
       since, what = _last[0]
       if time.monotonic() - since > seconds:
-        print(
-          f"\n{who}: no progress for {seconds:g} s, the deadline, since {what!r}: the "
-          "process is stuck, or checkpoint.step_deadline is too short. Its stacks:",
-          file=sys.stderr,
-          flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        leave(EXIT_STUCK)
+        try:
+          print(
+            f"\n{who}: no progress for {seconds:g} s, the deadline, since {what!r}: "
+            "the process is stuck, or checkpoint.step_deadline is too short. Its "
+            "stacks:",
+            file=sys.stderr,
+            flush=True,
+          )
+          faulthandler.dump_traceback(all_threads=True)
+        finally:  # who reads them may be gone
+          leave(EXIT_STUCK)
         return
 
   thread = threading.Thread(target=watch, name="rlft watchdog", daemon=True)

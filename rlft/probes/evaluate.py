@@ -111,7 +111,7 @@ def evaluate(
   prompts = encode_prompts(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
   )
-  total = 2 * len(examples)
+  total, of = 2 * len(everybody), hosts.share(mesh).of
 
   def sample(samples: int, temperature: float, before: int):
     tell = on_progress or (lambda done, of: None)
@@ -126,7 +126,8 @@ def evaluate(
       prompt_ids=[e.id for e in examples],
       purpose=Purpose.EVALUATION,
       max_rows=config.max_rows,
-      on_progress=lambda done, of: tell(before + done, total),
+      # As if the others were as far.
+      on_progress=lambda done, _: tell(min(total, (before + done) * of), total),
     )
 
   count, k = len(examples), config.samples

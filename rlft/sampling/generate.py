@@ -80,7 +80,7 @@ def rollout_layout(
     layout = tree_shardings(
       model.mesh, param_axes(model), param_shapes(model), ROLLOUT_RULES
     )
-    params = jax.device_put(params, layout)
+    params = hosts.spread(params, layout)
     if hosts.alone(model.mesh):
       params = hosts.on_own_devices(params, model.mesh)
       target = target.clone(mesh=hosts.share(model.mesh).mesh)
@@ -261,7 +261,8 @@ def generate(
       batch = _batch(own, group, every, wide, queue, ids, prompt_ids, forced, each)
       batch = lanes.place(batch)
       state = device.jit_insert(rollout_model, params, state, batch, *drawn_from)
-    enough = group * lanes.of if lanes.waiting() else every + 1
+    # A lane without prompts left has free slots: not they, but others must end.
+    enough = lanes.free() + group * lanes.of if lanes.waiting() else every + 1
     limits = put((np.int32(capacity * 2), np.int32(enough)))
     state = device.jit_decode(rollout_model, params, state, rules, *limits)
     ended = lanes.end(lanes.flags(state.done_B).reshape(every, samples).all(-1))

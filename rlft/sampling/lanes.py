@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlft.core import hosts
-from rlft.core.mesh import replicated, sharding
+from rlft.core.mesh import replicated
 
 
 class Lanes:
@@ -44,6 +44,10 @@ class Lanes:
 
   def waiting(self) -> bool:
     return any(self._waits)
+
+  def free(self) -> int:
+    """Slots without a prompt: decoding takes them for done."""
+    return sum(self._slots - len(holds) for holds in self._holds)
 
   def take(self, most: int) -> list[list[tuple[int, int]]]:
     """(slot, prompt) of each lane, for up to `most` of its free slots."""
@@ -80,5 +84,4 @@ class Lanes:
     """Own rows."""
     if self.of == 1:
       return np.asarray(x)
-    axes = ("batch",) + (None,) * (x.ndim - 1)
-    return hosts.own_rows(jax.device_put(x, sharding(self._mesh, axes, x.shape)))
+    return hosts.own_rows(x, self._mesh)

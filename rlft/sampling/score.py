@@ -289,4 +289,4 @@ def in_blocks(
   for start in range(0, padded, step):
     part = tokens[start : start + step], mask[start : start + step]
     out.append(hosts.paced(run(*hosts.place_own(part, mesh))))
-  return np.concatenate([hosts.own_rows(x) for x in out])[:rows]
+  return np.concatenate([hosts.own_rows(x, mesh) for x in out])[:rows]

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from rlft.core.errors import CheckpointError, ConfigError
-from rlft.core.hosts import by_first, everyone
+from rlft.core.errors import CheckpointError, ConfigError, StoppedError
+from rlft.core.hosts import by_first, everyone, several
 from rlft.training.lock import take_lock
 from rlft.training.manifest import (
   FILE,
@@ -237,6 +237,11 @@ class Checkpointer:
     return self
 
   def __exit__(self, kind: type | None, *exc: object) -> None:
+    if kind is not None and not issubclass(kind, StoppedError) and several():
+      # Nobody knows where the others are: no message may be sent to them any more, and
+      # a save that runs would wait for theirs.
+      self._let_go()
+      return
     try:
       self.close()
     except CheckpointError as error:

@@ -85,7 +85,8 @@ def fit(
       of `planned` updates; 0 is off.
     on_step: called with (update, updates planned, metrics) after every update. Metrics
       are read while the next update runs, except before a save: what is on record is
-      what was saved.
+      what was saved. Several processes that save wait for every update: they ask each
+      other whether to stop.
     saving: saves the state, and goes on with what it has saved; the schedule's horizon
       is that of `state`, so that more or fewer updates can be asked for.
     timers: get the phases "update" and "checkpoint".

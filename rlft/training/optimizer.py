@@ -33,7 +33,7 @@ class OptimizerConfig:
       "layers/attention/q/kernel".
     freeze: parameters that do not move, and have no optimiser state.
     max_nonfinite: an update whose loss or gradient is not finite is skipped; so many in
-      a row end the run, 1 at once.
+      a row end the run (of PPO and GRPO with the iteration), 1 the first.
   """
 
   learning_rate: float = 1e-4

@@ -357,7 +357,7 @@ def _start(run, mesh, rows: Region, max_tokens: int) -> Callable[[], np.ndarray]
       block = [np.pad(x, grow(x), mode="edge") for x in block]
     block = hosts.place_own(tuple(block), mesh)
     out.append(hosts.paced(run(*block)))
-  return lambda: np.concatenate([hosts.own_rows(x) for x in out])[:count]
+  return lambda: np.concatenate([hosts.own_rows(x, mesh) for x in out])[:count]
 
 
 # ------------------------------------------------------------------------ updates

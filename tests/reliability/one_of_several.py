@@ -1,6 +1,6 @@
 """One process of a run of several: what tests/reliability/test_hosts.py starts.
 
-python one_of_several.py messages|stuck|sft|ei|ppo|lora|grpo OUT FSDP TENSOR
+python one_of_several.py messages|stuck|raises|sft|ei|ppo|lora|grpo OUT FSDP TENSOR
 
 Joins as RLFT_COORDINATOR and the others say; process 0 writes what was computed to OUT.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import types
 from pathlib import Path
 
 from rlft.core import platform
@@ -21,9 +22,11 @@ import numpy as np  # noqa: E402
 
 import rlft  # noqa: E402
 from rlft.algorithms import expert_iteration, grpo, ppo, sft  # noqa: E402
+from rlft.cli import main as command_line  # noqa: E402
 from rlft.cli.rl import dev_score  # noqa: E402
 from rlft.cli.runs import MINI, TaskConfig  # noqa: E402
 from rlft.core import hosts, watchdog  # noqa: E402
+from rlft.core.errors import RewardError  # noqa: E402
 from rlft.core.mesh import ROLLOUT_RULES, make_mesh, sharding  # noqa: E402
 from rlft.models import scalar  # noqa: E402
 from rlft.models.lora import LoRAConfig  # noqa: E402
@@ -31,6 +34,7 @@ from rlft.probes.evaluate import EvalConfig  # noqa: E402
 from rlft.rewards.learned import reward_model_reward  # noqa: E402
 from rlft.rewards.verifiable import make_reward  # noqa: E402
 from rlft.tasks import arithmetic  # noqa: E402
+from rlft.training.checkpoint import Checkpointer  # noqa: E402
 from rlft.training.optimizer import OptimizerConfig  # noqa: E402
 
 ADAM = OptimizerConfig(learning_rate=1e-4, schedule="constant", eps=1e-5)
@@ -88,6 +92,26 @@ def stuck():
     hosts.everyone("hello") if hosts.first() else sleeps()
 
 
+def raises():
+  """Process 1 fails on its own rows while a save runs; through the command's exits."""
+  workdir = sys.argv[2]
+
+  def run(args):
+    x = hosts.put(np.zeros(1 << 20, np.float32), make_mesh())
+    with Checkpointer(workdir) as checkpoints:
+      checkpoints.save(1, {"x": x}, {}, {})
+      if not hosts.first():
+        raise RewardError("a reward of process 1")
+      hosts.everyone("hello")
+    return 0
+
+  nothing = lambda parser: None
+  command = {"MANY_HOSTS": True, "SUMMARY": "", "add_arguments": nothing, "run": run}
+  sys.modules["rlft.cli.sft"] = types.SimpleNamespace(**command)
+  platform.join = lambda: None  # it has
+  sys.exit(command_line.main(["sft"]))
+
+
 def sleeps():
   time.sleep(600)
 
@@ -139,6 +163,8 @@ def train(name, mesh):
 def main(name: str, out: str, fsdp: str, tensor: str) -> None:
   if name == "stuck":
     return stuck()
+  if name == "raises":
+    return raises()
   mesh = make_mesh(-1, int(fsdp), int(tensor))
   policy, log = messages(mesh) if name == "messages" else train(name, mesh)
   if policy is not None:

@@ -237,6 +237,17 @@ def test_fewer_devices_than_expected_end_the_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_error_of_one_ends_both(tmp_path):
+  """It waits for nobody, a save that runs included, and the other one learns of it."""
+  words = [sys.executable, str(WORKER), "raises", str(tmp_path), "1", "1"]
+  with processes(words, 2, 1, tmp_path) as started:
+    assert started[1].wait(60) == 2
+    assert started[0].wait(HEARTBEAT + 40) not in (0, 2)
+  assert "rlft: error: a reward of process 1" in log(tmp_path, 1)
+  assert "one of them has ended or died" in log(tmp_path, 0)
+
+
+@pytest.mark.slow
 def test_a_command_for_one_host_refuses_to_be_one_of_several(tmp_path):
   words = [sys.executable, "-m", "rlft.cli.main", "best-of-n"]
   with processes(words, 2, 1, tmp_path) as started:
