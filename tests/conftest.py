@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +45,19 @@ def optimized():
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", before)
+
+
+MOST_MAPS = 20_000  # Linux allows a process 65,530 by default
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+  """Compiled programs stay mapped, and the compiler crashes when no more can be."""
+  yield
+  maps = Path("/proc/self/maps")
+  many = maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS
+  if many and "jax" in sys.modules:
+    sys.modules["jax"].clear_caches()
 
 
 def pytest_report_header() -> str:
