@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _alone():
       raise
     traceback.print_exc()
-    if isinstance(error, sys.modules["jax"].errors.JaxRuntimeError):
+    of_jax = isinstance(error, sys.modules["jax"].errors.JaxRuntimeError)
+    if of_jax or "Gloo" in str(error):  # whose errors are ValueErrors at times
       _await_verdict(str(error))
     return _leave(1)
 
