@@ -42,9 +42,14 @@ def chip_bytes(tree: Any) -> int:
   )
 
 
-def scalar(dtype: Any) -> Shape:
+def put(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> Shape:
+  """Small host values as `hosts.put` lays them: whole on every device."""
+  return Shape(shape, dtype, sharding=replicated(mesh))
+
+
+def scalar(mesh: Mesh, dtype: Any) -> Shape:
   """A number that the host passes."""
-  return Shape((), dtype)
+  return put(mesh, (), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +133,19 @@ class Shapes:
     return rows.replace(cache=rows.cache.replace(**keys))
 
 
-def rules(vocab: int, states: int = 1) -> device.Rules:
+def rules(mesh: Mesh, vocab: int, states: int = 1) -> device.Rules:
   """Of rows that end by an EOS, or by a stop automaton of so many states."""
   return device.Rules(
-    eos_Z=Shape((EOS_BUCKET,), jnp.int32),
-    next_state_XV=Shape((states, vocab), jnp.int32),
-    stop_state=scalar(jnp.int32),
-    again=scalar(jnp.bool_),
+    eos_Z=put(mesh, (EOS_BUCKET,), jnp.int32),
+    next_state_XV=put(mesh, (states, vocab), jnp.int32),
+    stop_state=scalar(mesh, jnp.int32),
+    again=scalar(mesh, jnp.bool_),
   )
 
 
-def prompts(count: int, wide: int) -> device.Prompts:
+def prompts(mesh: Mesh, count: int, wide: int) -> device.Prompts:
   """What the host passes to a prefill."""
-  each = lambda *shape, dtype=jnp.int32: Shape((count, *shape), dtype)
+  each = lambda *shape, dtype=jnp.int32: put(mesh, (count, *shape), dtype)
   return device.Prompts(
     slots_I=each(),
     tokens_IP=each(wide),

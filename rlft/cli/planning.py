@@ -9,7 +9,6 @@ Letters: B rows, T tokens, C completion columns, P prompt columns, S slots, K sa
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from rlft.cli.sft import SFTRun
 from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards
-from rlft.models import families
+from rlft.models import hub
 from rlft.models.decoder import Decoder, DecoderConfig
 from rlft.rewards import learned
 from rlft.sampling import decode as device
@@ -117,15 +116,10 @@ def architecture(model: ModelConfig) -> DecoderConfig:
 
 
 def _architecture_at(path: str) -> DecoderConfig | None:
-  if path.endswith(".gguf") and Path(path).is_file():
-    from rlft.models import gguf
-
-    hf = gguf.read_config(Path(path))
-  elif path and (Path(path) / "config.json").is_file():
-    hf = json.loads((Path(path) / "config.json").read_bytes())
-  else:
-    return None
-  return families.resolve(hf).from_hf(hf)
+  """Of a model that lies here; nothing is downloaded for a plan."""
+  here = Path(path)
+  gguf = here.suffix == ".gguf" and here.is_file()
+  return hub.architecture(path) if gguf or (here / "config.json").is_file() else None
 
 
 def make_plan(run: Run, mesh: Mesh, prompt: int) -> Plan:
@@ -273,7 +267,7 @@ class _OnPolicy:
       "policy step",
       ("Adam of policy", *own),
       step,
-      (state, batch, base, scalar(jnp.float32)),
+      (state, batch, base, scalar(self.mesh, jnp.float32)),
       self.columns,
       trained=1 if base is None else 0,
     )
@@ -303,7 +297,7 @@ class _OnPolicy:
     count, shards = method.prompts_per_iteration // self.share.of, self.own_shards
     model = self.model.clone(remat="none")
     params = self.shapes.params(model, model.dtype, rollout=True)
-    slots = min(bucket(count, 1), max(1, method.max_rows // samples))
+    slots = min(bucket(count, 1), max(1, method.max_rows // self.share.of // samples))
     slots = -(-slots // shards) * shards
     group = max(1, min(slots // 4, PREFILL_TOKENS // self.wide))
     group = -(-group // shards) * shards
@@ -311,9 +305,10 @@ class _OnPolicy:
     slots, group = slots * self.share.of, group * self.share.of
     state = self.shapes.decode_state(model, slots, samples, self.wide, self.capacity)
     self.residents["rollout copy"] = chip_bytes(params)
-    batch, int32 = prompts(group, self.wide), scalar(jnp.int32)
-    address = scalar(jnp.uint32), int32, int32
-    table = rules(self.config.vocab_size)
+    mesh = self.mesh
+    batch, int32 = prompts(mesh, group, self.wide), scalar(mesh, jnp.int32)
+    address = scalar(mesh, jnp.uint32), int32, int32
+    table = rules(mesh, self.config.vocab_size)
     # `rollout_layout` casts, then moves; the cast sends nothing and holds less.
     cast = self.shapes.params(model, model.dtype)
     layout = jax.tree.map(lambda x: x.sharding, params)
@@ -378,7 +373,7 @@ class _OnPolicy:
 
   def _logp(self, name, holds, weights, lora) -> None:
     rows = self._block()
-    more = self.shapes.rows(rows), scalar(jnp.float32)
+    more = self.shapes.rows(rows), scalar(self.mesh, jnp.float32)
     lead, heads = (self.model, weights, lora), self.columns
     self._score(
       name, holds, rollouts._logp_block, lead, rows, self.width, heads, more,
