@@ -617,11 +617,9 @@ class _Run:
     rows_of_all = reward_BC, value_BC, old_logp, ref_logp, mask_BC, bootstrap_B
     numbers = self.kl_coef, config.gamma, config.gae_lambda
     numbers = tuple(map(np.float32, numbers))
-    if hosts.several():
-      rows_of_all = hosts.place_own(rows_of_all, mesh)
-      numbers = hosts.put(numbers, mesh)
-    else:
-      rows_of_all, numbers = jax.device_put((rows_of_all, numbers))
+    where = mesh if hosts.several() else None  # one process has all rows on the host
+    rows_of_all = hosts.place_own(rows_of_all, where)
+    numbers = hosts.put(numbers, where)
     found = estimate_advantages(
       *rows_of_all,
       *numbers,

@@ -194,7 +194,7 @@ class _OnPolicy:
     parts = method.minibatches, method.micro_batches
     rollouts.check_rows(*counts, *parts, mesh)
     # Each host samples prompts of its own, and feeds their rows; here is the first one.
-    self.share = hosts._share(mesh, mesh.devices.flat[0].process_index)
+    self.share = hosts.share_of(mesh, mesh.devices.flat[0].process_index)
     if counts[0] % self.share.of:
       raise ConfigError(
         f"prompts_per_iteration={counts[0]} cannot be shared equally by the "

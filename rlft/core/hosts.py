@@ -72,11 +72,12 @@ def share(mesh: Mesh | None) -> Share:
     return Share(0, 1, (0,), mesh)
   if mesh is None:
     raise ConfigError("several processes train one model: they need a mesh")
-  return _share(mesh, jax.process_index())
+  return share_of(mesh, jax.process_index())
 
 
 @functools.lru_cache(maxsize=16)
-def _share(mesh: Mesh, process: int) -> Share:
+def share_of(mesh: Mesh, process: int) -> Share:
+  """The part of a process by its index, of a mesh whose devices need not be here."""
   grid = mesh.devices.reshape(-1, mesh.devices.shape[-1])  # [batch shards, tensor]
   rows: dict[int, list[int]] = {}
   for shard, devices in enumerate(grid):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from rlft.core import hosts
 from rlft.core import mesh as meshes
 from rlft.core.errors import ConfigError
-from rlft.core.hosts import _share
+from rlft.core.hosts import share_of
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_rows_of_a_mesh_lie_on_whole_hosts(sizes):
   mesh = meshes.make_mesh(*sizes, devices=devices)
   hosts = [d.process_index for d in mesh.devices.flat]
   assert hosts == sorted(hosts) and set(map(hosts.count, hosts)) == {4}
-  assert _share(mesh, 1).index == 1 and _share(mesh, 1).of == 4
+  assert share_of(mesh, 1).index == 1 and share_of(mesh, 1).of == 4
 
 
 def test_slices_lie_along_data():
