@@ -6,6 +6,7 @@ Shape letters: B rows (prompts x samples), T tokens (prompt bucket + completion)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,17 @@ class Example:
     prompt: the text that the model continues.
     solution: the worked reference solution, the target of supervised fine-tuning.
     answer: the normalised final answer.
+    columns: what else its row holds, by name: reward functions get it by keyword, as
+      they get the fields of a subclass.
   """
 
   id: int
   prompt: str
   solution: str
   answer: str
+  columns: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict, kw_only=True, hash=False
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,9 @@
 A reward function is `f(*, prompts, completions, completion_ids, **columns)`, sync or
 async, and returns a number, or None, for each completion. None means "could not be
 judged": it is never the same as 0. The columns are lists of the same length: the
-example's `id`, `answer` and `solution`, and `finished`, False where the length limit
-cut the completion.
+example's `id`, `answer` and `solution`, `finished`, False where the length limit cut
+the completion, and by name the example's `columns` and the fields of its subclass. A
+function without `**columns` is given what it names.
 
     value = rule(clip(sum_i w_i f_i))
 
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -82,17 +84,21 @@ class RewardConfig:
     missing_eos_value: see above; None where it has no use.
     score_clip: the weighted sum is clipped to [-score_clip, score_clip], before the
       rule above; None does not clip.
-    max_failures: share of rows that may fail (the function raises, hangs or dies) and
-      be masked, rounded up to whole rows; above it the run stops. 0 stops at the first.
-    bad_values: what is no finite number, or a wrong count of values, is a defect of the
-      function: "raise" stops the run; "mask" counts it among the failures.
+    max_failures: share of a rollout's rows that may fail (the function raises, hangs or
+      dies) and be masked, rounded up to whole rows; above it the run stops. 0 stops at
+      the first.
+    bad_values: what is no finite number, or a wrong count of values: "mask" counts it
+      among the failures; "raise" stops the run.
+    max_failed_rollouts: after so many rollouts in a row of which every row failed the
+      run stops: it would train on nothing.
   """
 
   missing_eos: Literal["score", "penalty", "replace", "mask"] = "score"
   missing_eos_value: float | None = None
   score_clip: float | None = None
-  max_failures: float = 0.1
-  bad_values: Literal["raise", "mask"] = "raise"
+  max_failures: float = 1.0
+  bad_values: Literal["raise", "mask"] = "mask"
+  max_failed_rollouts: int = 3
 
   def __post_init__(self):
     for name, legal in (
@@ -119,6 +125,8 @@ class RewardConfig:
       raise ConfigError(f"score_clip={self.score_clip}: a positive number, or None")
     if not 0 <= self.max_failures <= 1:
       raise ConfigError(f"max_failures={self.max_failures}: a share, 0 to 1")
+    if self.max_failed_rollouts < 1:
+      raise ConfigError(f"max_failed_rollouts={self.max_failed_rollouts}: at least 1")
 
 
 def columns_of(rollout: Rollout, examples: Sequence[Example]) -> dict[str, list]:
@@ -140,7 +148,7 @@ def columns_of(rollout: Rollout, examples: Sequence[Example]) -> dict[str, list]
       f"examples, {ids[:8]}: give the examples that were sampled, in their order"
     )
   each = [example for example in examples for _ in range(samples)]
-  return {
+  return further_columns(each) | {
     "prompts": [e.prompt for e in each],
     "completions": list(rollout.completions),
     "completion_ids": [
@@ -152,6 +160,54 @@ def columns_of(rollout: Rollout, examples: Sequence[Example]) -> dict[str, list]
     "solution": [e.solution for e in each],
     "finished": [bool(x) for x in rollout.finished],
   }
+
+
+OWN = (
+  "prompts", "completions", "completion_ids", "id", "answer", "solution", "finished",
+)  # fmt: skip
+
+
+def further_columns(examples: Sequence[Example]) -> dict[str, list]:
+  """The columns of examples that not every example has: `Example.columns`, and the
+  fields of a subclass; None where a row lacks one that others have.
+
+  Raises:
+    DataError: a name is one of the contract's own.
+  """
+  plain = {field.name for field in dataclasses.fields(Example)}
+
+  @functools.cache
+  def fields(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if f.name not in plain]
+
+  rows = [
+    {**e.columns, **{name: getattr(e, name) for name in fields(type(e))}}
+    for e in examples
+  ]
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  if taken := [name for name in names if name in OWN]:
+    raise DataError(
+      f"the examples have columns {taken}, which reward functions get from elsewhere: "
+      "give them other names"
+    )
+  return {name: [row.get(name) for row in rows] for name in names}
+
+
+def check_columns(functions: Sequence[RewardFunction], names: Collection[str]) -> None:
+  """Raises `DataError` where a function needs what is no column; names those there are.
+
+  Args:
+    functions: of a reward.
+    names: of the columns.
+  """
+  for function in functions:
+    needed, _ = worker.parameters(function.function)
+    if missing := [name for name in needed if name not in names]:
+      raise DataError(
+        f"the reward function {function.title} needs {', '.join(missing)}, and the "
+        f"columns are {', '.join(names)}: name its arguments after columns, give them "
+        "defaults, or add to `Example.columns`"
+      )
 
 
 def call_reward(
@@ -167,8 +223,9 @@ def call_reward(
       or another number of values; names the function and the example.
   """
   columns = columns_of(rollout, examples)
+  check_columns([RewardFunction(function)], columns)
   (outcomes,) = _judge_here([function], columns, 0)
-  strict = RewardConfig(max_failures=0)
+  strict = RewardConfig(max_failures=0, bad_values="raise")
   _check([name_of(function)], [outcomes], columns, rollout.samples, strict)
   return outcomes
 
@@ -192,6 +249,7 @@ class ComposedReward:
     self.config = config
     self.step = step
     self._names = [f.title for f in functions]
+    self._failed_rollouts = 0  # in a row
     self.pool = RewardPool([f.function for f in functions], pool) if pool else None
 
   def __call__(self, rollout: Rollout, examples: Sequence[Example]) -> Reward:
@@ -206,6 +264,9 @@ class ComposedReward:
     given its work.
     """
     columns = columns_of(rollout, examples)
+    check_columns(self.functions, columns)
+    if self.pool:
+      _check_json(columns)
     most = math.ceil(self.config.max_failures * len(columns["id"]))
     judging = self.pool.submit(columns, most) if self.pool else None
     return functools.partial(self._finish, rollout, examples, columns, most, judging)
@@ -216,10 +277,24 @@ class ComposedReward:
       each = _judge_here([f.function for f in self.functions], columns, most)
     else:
       each = judging.result()
-    _check(self._names, each, columns, rollout.samples, self.config)
+    failure = _check(self._names, each, columns, rollout.samples, self.config)
+    self._check_alive(each, failure)
     step_BC = None if self.step is None else self.step(rollout, examples)
     seconds = time.perf_counter() - began if judging is None else judging.seconds
     return self._combine(rollout, each, step_BC, seconds)
+
+  def _check_alive(self, each, failure: RewardError | None) -> None:
+    """Raises where rollout after rollout has failed as a whole."""
+    weighted = [x for x, function in zip(each, self.functions) if function.weight]
+    if not all(any(isinstance(x, Failure) for x in row) for row in zip(*weighted)):
+      self._failed_rollouts = 0
+    elif weighted:
+      self._failed_rollouts += 1
+    if self._failed_rollouts >= self.config.max_failed_rollouts:
+      raise RewardError(
+        f"no row of {self._failed_rollouts} rollouts in a row could be judged "
+        f"(max_failed_rollouts): {failure}"
+      ) from failure.__cause__
 
   def _combine(self, rollout, each, step_BC, seconds) -> Reward:
     finished_B = np.asarray(rollout.finished, bool)
@@ -234,13 +309,17 @@ class ComposedReward:
         judged_B &= known
         total_B += function.weight * np.where(known, value_B, 0.0)
     total_B, judged_B = settle(total_B, judged_B, finished_B, self.config)
-    if (large := np.abs(total_B) > worker.MAX_FLOAT32).any():
-      row = int(np.argmax(large))
-      raise RewardError(
+    if (large_B := np.abs(total_B) > worker.MAX_FLOAT32).any():
+      row = int(np.argmax(large_B))
+      what = (
         f"the weighted sum of the rewards of the example with id "
         f"{rollout.prompt_ids[row]} is {total_B[row]:g}, no finite float32: use "
         "smaller weights, or score_clip"
       )
+      if self.config.bad_values == "raise":
+        raise RewardError(what)
+      log.warning("%s; %d rows are not judged", what, large_B.sum())
+      total_B, judged_B = np.where(large_B, 0.0, total_B), judged_B & ~large_B
     if step_BC is not None:
       step_BC = np.where(judged_B[:, None], step_BC, np.float32(0))
       logged["steps"] = step_BC.sum(1)
@@ -380,8 +459,8 @@ def _check(
   columns: dict[str, list],
   samples: int,
   config: RewardConfig,
-) -> None:
-  """Stops the run when more has failed than may; logs what has."""
+) -> RewardError | None:
+  """Stops the run when more has failed than may; logs what has, and returns it."""
   found = [
     (row, name, outcome)
     for name, outcomes in zip(names, each)
@@ -389,7 +468,7 @@ def _check(
     if isinstance(outcome, Failure) and outcome.kind != "dropped"
   ]
   if not found:
-    return
+    return None
   rows = len(columns["id"])
   failed = len({row for row, _, _ in found})
   most = math.ceil(config.max_failures * rows)
@@ -400,15 +479,31 @@ def _check(
     f"the reward function {name} {failure.message} on sample {row % samples} of the "
     f"example with id {columns['id'][row]}"
   )
-  if not stop and failed <= most:
+  passes = not stop and failed <= most
+  if passes:
     log.warning("%d of %d rows could not be judged; the first: %s", failed, rows, what)
-    return
-  if not stop:
+  elif not stop:
     what += f"; {failed} of {rows} rows failed, and {most} may (max_failures)"
-  raise RewardError(
+  error = RewardError(
     f"{what}\n--- prompt\n{columns['prompts'][row][-_SHOWN:]}\n--- completion\n"
     f"{columns['completions'][row][:_SHOWN]}\n---\n{failure.traceback}"
-  ) from failure.error
+  )
+  error.__cause__ = failure.error
+  if passes:
+    return error
+  raise error
+
+
+def _check_json(columns: Mapping[str, list]) -> None:
+  """Raises `DataError` where a column cannot go to a worker process."""
+  for name in columns.keys() - set(OWN):
+    try:
+      json.dumps(columns[name])
+    except (TypeError, ValueError, RecursionError) as error:
+      raise DataError(
+        f"the column {name!r} cannot go to a worker process: {error}; leave it out, "
+        "make it text, numbers and lists of them, or judge without the pool"
+      ) from error
 
 
 def _counts(each, judged_B, finished_B) -> dict[str, int]:

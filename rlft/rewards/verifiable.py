@@ -65,7 +65,7 @@ def judge_all(
     example = examples[i // samples]
     try:
       out.append(judge(text, example))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       raise RewardError(
         f"the judge {name_of(judge)} raised {error!r} on sample {i % samples} of the "
         f"example with id {example.id}: {text!r:.200}"
@@ -117,9 +117,15 @@ def answer_reward(
   return functools.partial(_answer, judge=judge, accept=accept)
 
 
-def _answer(*, judge, accept, prompts, completions, id, answer, solution, **_):
-  examples = map(Example, id, prompts, solution, answer)
-  return [verdict_reward(judge(t, e), accept) for t, e in zip(completions, examples)]
+def _answer(
+  *, judge, accept, prompts, completions, id, answer, solution, finished=(),
+  completion_ids=(), **columns,
+):  # fmt: skip
+  rows = [dict(zip(columns, row)) for row in zip(*columns.values())] or [{}] * len(id)
+  return [
+    verdict_reward(judge(text, Example(*own, columns=row)), accept)
+    for text, row, *own in zip(completions, rows, id, prompts, solution, answer)
+  ]
 
 
 def format_reward(pattern: str) -> Function:

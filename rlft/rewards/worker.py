@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -21,12 +22,13 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from rlft.core.errors import ConfigError
 
 HEADER = 8  # bytes of a frame's length
+STOPS = (signal.SIGINT, signal.SIGTERM)  # that are the run's, and no reward's
 MAX_FLOAT32 = 3.4028234663852886e38
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
@@ -35,28 +37,102 @@ def call(function: Callable, columns: dict[str, list]) -> dict[str, Any]:
   """Calls a reward function, sync or async, and holds it to its contract.
 
   Args:
-    function: `f(*, prompts, completions, completion_ids, **columns)`.
+    function: `f(*, prompts, completions, completion_ids, **columns)`; one without `**`
+      is given what it names. A column does not change what a partial has settled.
     columns: lists of the same length n.
 
   Returns:
     {"values": n of float | None | [what is wrong]}; or {"kind": "raised" | "count",
-    "message", "traceback", "error": the exception or None}.
+    "message", "traceback", "error": the exception or None}. Whatever it raises, be it
+    SystemExit.
+
+  Raises:
+    What the process's own handler of a signal raises, such as KeyboardInterrupt of a
+    Ctrl-C.
   """
   count = len(columns["completions"])
-  try:
-    values = function(**columns)
-    if inspect.isawaitable(values):
-      values = _wait(values)
-    values = list(values)
-  except Exception as error:
-    return raised(error)
-  if len(values) != count:
+  _, named = parameters(function)
+  settled = function.keywords if isinstance(function, functools.partial) else ()
+  columns = {
+    name: x
+    for name, x in columns.items()
+    if name not in settled and (named is None or name in named)
+  }
+  with _stops() as stopping:
+    try:
+      values = function(**columns)
+      if inspect.isawaitable(values):
+        values = _wait(values)
+      if _is_list(values):
+        # One more than there are rows is enough: a generator may have no end.
+        known = hasattr(values, "__len__")
+        values = list(values if known else itertools.islice(values, count + 1))
+    except BaseException as error:
+      if not stopping:
+        return raised(error)
+  if stopping:  # the function may have swallowed it
+    raise stopping[0]
+  message = ""
+  if not isinstance(values, list):
+    message = f"returned {_show(values)}, and not a list of numbers"
+  elif len(values) != count:
     message = (
       f"returned {len(values)} values for {count} completions; it returns one for "
       "each, None for what it cannot judge"
     )
+  if message:
     return {"kind": "count", "message": message, "traceback": "", "error": None}
   return {"values": [_number(value) for value in values]}
+
+
+def _is_list(values: Any) -> bool:
+  """Whether it has values in an order."""
+  return isinstance(values, Iterable) and not isinstance(
+    values, str | bytes | Mapping | Set
+  )
+
+
+def parameters(function: Callable) -> tuple[list[str], set[str] | None]:
+  """(what a function cannot be called without, all that it takes by keyword, or None
+  where it takes any name)."""
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # some that are written in C have none
+    return [], None
+  named = [
+    x
+    for x in signature.parameters.values()
+    if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)
+  ]
+  needed = [x.name for x in named if x.default is x.empty]
+  any_name = any(x.kind == x.VAR_KEYWORD for x in signature.parameters.values())
+  return needed, None if any_name else {x.name for x in named}
+
+
+@contextlib.contextmanager
+def _stops() -> Iterator[list[BaseException]]:
+  """What handlers of signals raise while a function has the thread: a Ctrl-C is for the
+  run, where a KeyboardInterrupt of the function's own costs it a row."""
+  stopping: list[BaseException] = []
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    before = {number: signal.getsignal(number) for number in STOPS}
+  before = {number: own for number, own in before.items() if callable(own)}
+
+  def handler(own, number, frame):
+    try:
+      own(number, frame)
+    except BaseException as error:
+      stopping.append(error)
+      raise
+
+  try:
+    for number, own in before.items():
+      signal.signal(number, functools.partial(handler, own))
+    yield stopping
+  finally:
+    for number, own in before.items():
+      signal.signal(number, own)
 
 
 def raised(error: BaseException) -> dict[str, Any]:
@@ -95,7 +171,8 @@ def _number(value: Any) -> float | list[str] | None:
   if value is None:
     return None
   try:
-    number = math.nan if isinstance(value, str | bytes) else float(value)
+    strange = isinstance(value, str | bytes) or getattr(value, "ndim", 0)
+    number = math.nan if strange else float(value)
   except Exception:  # of any kind: the value is a stranger
     number = math.nan
   # Rewards are float32: a larger number would become infinite later, unseen.

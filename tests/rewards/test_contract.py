@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+import itertools
 import logging
 import math
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -157,12 +162,107 @@ def test_functions_cannot_change_the_rollout(rollout):
   assert rollout.completions == TEXTS
 
 
-def test_interrupts_pass(call):
-  def reward(**_):
-    raise KeyboardInterrupt
+@dataclasses.dataclass(frozen=True)
+class Task(Example):
+  tests: tuple[str, ...] = ()
 
-  with pytest.raises(KeyboardInterrupt):
-    call(reward)
+
+def test_columns_of_the_data_set_reach_functions_by_name(rollout):
+  examples = [
+    Task(7, "p7", "s7", "a7", tests=("x", "y"), columns={"rubric": {"be": "kind"}}),
+    Task(9, "p9", "s9", "a9", tests=("z",)),
+  ]
+  got = {}
+
+  def reward(*, completions, tests, **columns):
+    got.update(columns)
+    return [len(one) for one in tests]
+
+  assert compose([reward])(rollout, examples).value.tolist() == [2, 2, 1, 1]
+  assert got["rubric"] == [{"be": "kind"}, {"be": "kind"}, None, None]
+  assert got["id"] == [7, 7, 9, 9] and "columns" not in got
+
+
+def test_a_function_without_stars_gets_what_it_names(call):
+  def reward(completions, answer, scale=2.0):
+    return [scale * (a == "a9") for a in answer]
+
+  assert call(reward) == [0, 0, 2, 2]
+
+
+def test_a_column_does_not_change_a_setting(rollout):
+  examples = [dataclasses.replace(e, columns={"scale": 9.0}) for e in EXAMPLES]
+
+  def reward(*, completions, scale, **_):
+    return [scale] * len(completions)
+
+  settled = functools.partial(reward, scale=0.5)
+  settled = RewardFunction(settled, name="settled")
+  assert compose([settled])(rollout, examples).value.tolist() == [0.5] * 4
+
+
+def test_a_column_that_is_missing_names_those_there_are(rollout):
+  examples = [dataclasses.replace(e, columns={"rubric": 1}) for e in EXAMPLES]
+
+  def strict(*, completions, tests, weight=1.0, **_):
+    return [1.0] * 4
+
+  functions = [gives(1, 1, 1, 1), RewardFunction(strict, 0.0, "unit tests")]
+  match = r"unit tests needs tests, and the columns are .*rubric.*completions.*answer"
+  with pytest.raises(DataError, match=match):
+    compose(functions)(rollout, examples)
+  with pytest.raises(DataError, match="needs tests"):
+    call_reward(strict, rollout, examples)
+
+
+def test_a_column_with_a_name_of_the_contract_is_refused(rollout):
+  examples = [dataclasses.replace(e, columns={"finished": 1}) for e in EXAMPLES]
+  with pytest.raises(DataError, match=r"columns \['finished'\].* other names"):
+    compose([gives(1, 1, 1, 1)])(rollout, examples)
+
+
+@pytest.mark.parametrize(
+  "error", [KeyboardInterrupt, SystemExit("enough"), GeneratorExit, BaseException("x")]
+)
+def test_whatever_a_function_raises_costs_its_row(rollout, error):
+  def rude(*, completions, **_):
+    if "bb" in completions:
+      raise error
+    return [1.0] * len(completions)
+
+  reward = compose([rude])(rollout, EXAMPLES)
+  assert reward.judged.tolist() == [True, False, True, True]
+  assert reward.counts["failed"] == 1
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_and_no_row(call, swallows, number):
+  """Ctrl-C, or a handler that exits, while a function has the thread."""
+
+  def ends(*_):
+    raise KeyboardInterrupt("asked to stop")
+
+  def reward(*, completions, **_):
+    try:
+      os.kill(os.getpid(), number)
+      time.sleep(5)
+    except BaseException:
+      if not swallows:
+        raise
+    return [1.0] * len(completions)
+
+  before = signal.signal(number, ends)
+  try:
+    with pytest.raises(KeyboardInterrupt, match="asked to stop"):
+      call(reward)
+    assert signal.getsignal(number) is ends
+    asked = []
+    signal.signal(number, lambda *_: asked.append(number))  # sets a flag, as ours do
+    sets = lambda *, completions, **_: [os.kill(os.getpid(), number) or 1.0] * 4
+    assert call(sets) == [1.0] * 4 and asked
+  finally:
+    signal.signal(number, before)
 
 
 def test_examples_that_are_not_the_rollouts(rollout):
@@ -206,11 +306,14 @@ def test_fractional_and_huge_rewards_survive(rollout):
 
 
 def test_a_sum_that_overflows_is_an_error(rollout):
-  functions = [RewardFunction(gives(0, 0, 3e38, 0), 2.0)]
+  functions = [RewardFunction(gives(1, 0, 3e38, 0), 2.0)]
   with pytest.raises(RewardError, match=r"id 9 is 6e\+38"):
-    compose(functions)(rollout, EXAMPLES)
+    compose(functions, RewardConfig(bad_values="raise"))(rollout, EXAMPLES)
+  reward = compose(functions)(rollout, EXAMPLES)
+  assert reward.value.tolist() == [2, 0, 0, 0]
+  assert reward.judged.tolist() == [True, True, False, True]
   clipped = compose(functions, RewardConfig(score_clip=5.0))(rollout, EXAMPLES)
-  assert clipped.value.tolist() == [0, 0, 5, 0]
+  assert clipped.value.tolist() == [2, 0, 5, 0]
 
 
 def test_none_of_one_function_is_a_row_not_judged(rollout):
@@ -308,19 +411,41 @@ def test_a_run_that_stops_asks_no_more(rollout):
     calls.append(completions)
     raise OSError
 
-  second = lambda **_: pytest.fail("asked for nothing")
+  second = lambda **_: calls.append("asked for nothing")
   reward = compose([rude, second], RewardConfig(max_failures=0))
   with pytest.raises(RewardError, match="1 of 4 rows failed, and 0 may"):
     reward(rollout, EXAMPLES)
   assert calls == [TEXTS, ["a"]]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, "1"])
-def test_bad_values_stop_the_run_or_are_masked(rollout, value):
+def test_rollouts_that_fail_as_a_whole_end_the_run(rollout, caplog):
+  works = iter([False, False, True, False, False, False])
+
+  def down(*, completions, **_):
+    if len(completions) > 1 and not next(works):
+      raise OSError("no route to the judge")
+    if len(completions) == 1:  # of the rollout that has just failed
+      raise OSError("no route to the judge")
+    return [1.0] * len(completions)
+
+  logged = RewardFunction(gives(*[math.nan] * 4), 0.0)  # ends nothing
+  reward = compose([down, logged])
+  judged = [reward(rollout, EXAMPLES).judged.tolist() for _ in range(5)]
+  dead, fine = [False] * 4, [True] * 4
+  assert judged == [dead, dead, fine, dead, dead]
+  assert "4 of 4 rows could not be judged" in caplog.text
+  match = r"(?s)no row of 3 rollouts in a row .*no route to the judge.*Traceback"
+  with pytest.raises(RewardError, match=match) as info:
+    reward(rollout, EXAMPLES)
+  assert isinstance(info.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("value", BAD, ids=lambda x: type(x).__name__)
+def test_bad_values_are_masked_or_stop_the_run(rollout, value):
   function = gives(1, 1, value, 1, name="odd")
   with pytest.raises(RewardError, match=r"odd gave .* sample 0 .* id 9"):
-    compose([function], RewardConfig(max_failures=1.0))(rollout, EXAMPLES)
-  reward = compose([function], RewardConfig(bad_values="mask"))(rollout, EXAMPLES)
+    compose([function], RewardConfig(bad_values="raise"))(rollout, EXAMPLES)
+  reward = compose([function])(rollout, EXAMPLES)
   assert reward.judged.tolist() == [True, True, False, True]
   assert reward.value.tolist() == [1, 1, 0, 1] and reward.counts["failed"] == 1
 
@@ -332,10 +457,25 @@ def test_a_wrong_count_is_not_made_right_row_by_row(rollout):
     return [1.0] * min(3, len(completions))
 
   with pytest.raises(RewardError, match="unique returned 3 values for 4"):
-    compose([unique], RewardConfig(max_failures=1.0))(rollout, EXAMPLES)
-  config = RewardConfig(max_failures=1.0, bad_values="mask")
-  reward = compose([unique], config)(rollout, EXAMPLES)
+    compose([unique], RewardConfig(bad_values="raise"))(rollout, EXAMPLES)
+  reward = compose([unique])(rollout, EXAMPLES)
   assert not reward.judged.any() and reward.counts["failed"] == 4
+
+
+@pytest.mark.parametrize(
+  ("answer", "what"),
+  [
+    (1.0, "returned 1.0, and not a list"),
+    ("abcd", "returned 'abcd', and not a list"),
+    ({0: 1, 1: 1, 2: 1, 3: 1}, "and not a list"),
+    ({1, 2, 3, 4}, "and not a list"),
+    (itertools.repeat(1.0), "returned 5 values for 4"),
+    (np.float32(1), "and not a list"),
+  ],
+)
+def test_an_answer_that_is_no_list_is_named(rollout, answer, what, caplog):
+  reward = compose([lambda **_: answer])(rollout, EXAMPLES)
+  assert not reward.judged.any() and what in caplog.text
 
 
 # ------------------------------------------------------------------ settings
@@ -353,6 +493,7 @@ def test_a_wrong_count_is_not_made_right_row_by_row(rollout):
     ({"score_clip": math.nan}, "score_clip=nan"),
     ({"max_failures": 10}, "max_failures=10"),
     ({"bad_values": "drop"}, "bad_values='drop'"),
+    ({"max_failed_rollouts": 0}, "max_failed_rollouts=0"),
   ],
 )
 def test_settings_that_make_no_sense(settings, match):

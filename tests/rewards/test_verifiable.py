@@ -98,6 +98,27 @@ def test_the_judge_sees_the_whole_example(rollout_of):
   assert seen == [(t, EXAMPLES[i // 2]) for i, t in enumerate(COMPLETIONS)]
 
 
+def test_the_judge_sees_the_columns_of_the_row(rollout_of):
+  examples = [dataclasses.replace(e, columns={"unit": f"u{e.id}"}) for e in EXAMPLES]
+  asked = []
+
+  def judge(text, example):
+    asked.append(example)
+    return Verdict(None, False)
+
+  make_reward(judge, "final")(rollout_of([7, 9], COMPLETIONS), examples)
+  assert asked[:4] == [examples[0]] * 2 + [examples[1]] * 2
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ZeroDivisionError()])
+def test_a_judge_that_exits_is_named(error):
+  def judge(*_):
+    raise error
+
+  with pytest.raises(RewardError, match=re.escape(repr(error))):
+    judge_all(judge, COMPLETIONS, EXAMPLES)
+
+
 def test_strict_or_numeric_is_the_judges_matter(rollout_of):
   example = Example(0, "q", "#### 18", "18")
   rollout = rollout_of([0], ["#### 18.0", "#### 18"])
