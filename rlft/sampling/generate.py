@@ -36,6 +36,7 @@ from rlft.sampling.buckets import bucket
 from rlft.sampling.lanes import Lanes
 from rlft.sampling.logits import MIN_TEMPERATURE, Sampling
 from rlft.sampling.stops import StopTable, compile_stops, decode_completion
+from rlft.text.encode import Prompt, encode_prompts, is_text
 
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
@@ -123,8 +124,9 @@ def _cached_layout(model: Decoder, params: dict, dtype: Any):
 
 def generate(
   policy: Policy,
-  prompts: Sequence[str] | Sequence[Sequence[int]],
+  prompts: Sequence[Prompt] | Sequence[Sequence[int]],
   *,
+  chat: bool = False,
   samples: int = 1,
   max_new_tokens: int | Sequence[int] = 128,
   temperature: float | Sequence[float] = 1.0,
@@ -154,7 +156,9 @@ def generate(
 
   Args:
     policy: the model.
-    prompts: N texts, or N lists of token ids.
+    prompts: N texts or lists of messages, or N lists of token ids.
+    chat: put texts into the tokenizer's chat template, see `text.encode`; lists of
+      messages always are.
     samples: K, completions of each prompt; they share its prefill.
     max_new_tokens: tokens that the policy may choose; one for all, or one a prompt.
     temperature: 0 is greedy; one for all or one a prompt, like the filters below.
@@ -190,7 +194,7 @@ def generate(
   count = len(prompts)
   if count == 0:
     raise DataError("no prompts: `generate` needs at least one")
-  ids = _encode(policy, prompts)
+  ids = _encode(policy, prompts, chat)
   for name, value in (("samples", samples), ("max_rows", max_rows)):
     if not _is_int(value) or value < 1:
       raise ConfigError(f"{name}={value!r}: give an integer of at least 1")
@@ -286,17 +290,17 @@ def generate(
   return rollout
 
 
-def _encode(policy: Policy, prompts) -> list[list[int]]:
+def _encode(policy: Policy, prompts, chat: bool) -> list[list[int]]:
   """Token ids of each prompt, checked."""
   if isinstance(prompts, str):
     raise DataError("prompts is one string; give a list of them")
-  texts = [isinstance(p, str) for p in prompts]
+  texts = [is_text(p) for p in prompts]
   if any(texts) and not all(texts):
     raise DataError("prompts mixes texts and token ids; give one kind")
   if any(texts):
     if policy.tokenizer is None:
       raise DataError("the policy has no tokenizer: give prompts as lists of token ids")
-    prompts = policy.tokenizer(list(prompts))["input_ids"]
+    prompts = encode_prompts(policy.tokenizer, prompts, chat)
   ids = [_checked(p, f"prompt {i}", policy.config) for i, p in enumerate(prompts)]
   for i, row in enumerate(ids):
     if not row:

@@ -21,6 +21,9 @@ from jax.sharding import Mesh
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
 from rlft.sampling.buckets import bucket
+from rlft.text.encode import completion_end, encode_prompts, ids_of
+
+__all__ = ["completion_end", "encode_prompts"]  # also asked for here
 
 log = logging.getLogger(__name__)
 
@@ -46,86 +49,6 @@ class TokenRow:
 
   tokens: tuple[int, ...]
   weight: tuple[float, ...]
-
-
-def encode_prompts(
-  tokenizer: Any, prompts: Sequence[str], chat: bool = False
-) -> list[list[int]]:
-  """Token ids of prompts, as training and sampling both see them.
-
-  Args:
-    tokenizer: a `transformers` tokenizer.
-    prompts: texts.
-    chat: whether to put each into the tokenizer's chat template as the user's turn,
-      followed by the opening of the assistant's: the ids of `apply_chat_template`. Text
-      that looks like a special token is encoded as plain text, so that a prompt cannot
-      open or close a turn.
-
-  Returns:
-    A list of ids for each prompt.
-
-  Raises:
-    ConfigError: there is no tokenizer, or `chat` without a usable chat template.
-  """
-  if tokenizer is None:
-    raise ConfigError("the policy has no tokenizer: it cannot read texts")
-  if not chat:
-    return [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
-  if not getattr(tokenizer, "chat_template", None):
-    raise ConfigError("chat=True, but the tokenizer has no chat template; set it False")
-  before, after, trims = _chat_frame(tokenizer)
-  prompts = [p.strip() if trims else p for p in prompts]
-  whole = _ids(tokenizer, [before + p + after for p in prompts])
-  head, tail = _ids(tokenizer, [before, after])
-  parsed, plain = _ids(tokenizer, prompts), _ids(tokenizer, prompts, plain=True)
-  return [
-    whole[i] if parsed[i] == plain[i] else head + plain[i] + tail
-    for i in range(len(prompts))
-  ]
-
-
-def _ids(tokenizer: Any, texts: list[str], plain: bool = False) -> list[list[int]]:
-  """Ids of texts as they stand, without BOS (chat templates bring their own).
-
-  `plain` reads what looks like a special token as ordinary text.
-  """
-  encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=plain)
-  return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _chat_frame(tokenizer: Any) -> tuple[str, str, bool]:
-  """What the chat template puts around a user's text, and whether it strips it."""
-  marker = "RLFTUSERTEXT"
-  rendered = tokenizer.apply_chat_template(
-    [{"role": "user", "content": f" {marker} "}],
-    tokenize=False,
-    add_generation_prompt=True,
-  )
-  trims = f" {marker} " not in rendered
-  before, found, after = rendered.partition(marker if trims else f" {marker} ")
-  if not found or marker in after:
-    raise ConfigError("the chat template does not show the user's text exactly once")
-  return before, after, trims
-
-
-def completion_end(tokenizer: Any, eos_ids: Sequence[int], chat: bool = False) -> int:
-  """The token that ends a completion in training: one that also ends it in sampling.
-
-  In a chat it is the one that the template puts after the assistant's text, which need
-  not be the tokenizer's EOS.
-  """
-  if chat:
-    marker = "RLFTASSISTANTTEXT"
-    turns = [
-      {"role": "user", "content": "."},
-      {"role": "assistant", "content": marker},
-    ]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    for token in _ids(tokenizer, [rendered.rpartition(marker)[2]])[0]:
-      if token in eos_ids:
-        return token
-  own = tokenizer.eos_token_id
-  return own if own in eos_ids else eos_ids[0]
 
 
 def encode_rows(
@@ -172,7 +95,7 @@ def encode_rows(
     raise DataError(f"all {len(rows)} training rows have an empty completion")
   prompts = encode_prompts(tokenizer, [p for p, _ in whole], chat)
   texts = [c for _, c in whole if isinstance(c, str)]
-  encoded = iter(_ids(tokenizer, texts, plain=chat) if texts else [])
+  encoded = iter(ids_of(tokenizer, texts, plain=chat) if texts else [])
   out = []
   for prompt, (_, completion) in zip(prompts, whole):
     if isinstance(completion, str):
