@@ -1,12 +1,12 @@
 """Measures how fast this machine samples and trains, and what bounds it.
 
-rlft bench sample                                  # shape S, random weights
-rlft bench sample --shape=shared                   # 8 samples of each 512-token prompt
-rlft bench sample --model=smollm2 --rows=32 --new=64
-rlft bench train --rows=32 --length=192 --json=bench.json
-rlft bench grpo                                    # 4 prompts x 8 samples
-rlft bench ppo --remat=full                        # value model, reference, one epoch
-rlft bench reward                                  # a reward model scoring rollouts
+  rlft bench sample                                  # shape S, random weights
+  rlft bench sample --shape=shared                   # 8 samples of each prompt
+  rlft bench sample --model=smollm2 --rows=32 --new=64
+  rlft bench train --rows=32 --length=192 --json=bench.json
+  rlft bench grpo                                    # 4 prompts x 8 samples
+  rlft bench ppo --remat=full                        # value model, reference, one epoch
+  rlft bench reward                                  # a reward model scoring rollouts
 
 Every row runs to its full length. One call warms up (what it takes longer is the
 compilation); the table has the median, the least and the most of the others. "bound" is

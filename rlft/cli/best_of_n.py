@@ -75,7 +75,7 @@ class BestOfNRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/best_of_n")
+  configs.add_arguments(parser, BestOfNRun, workdir="runs/best_of_n")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -67,6 +67,7 @@ class Study:
       first, on `pretrain_prompts` problems, to stand for a pretrained model that has
       seen little of the task.
     pretrain, pretrain_prompts: see above; 0 prompts leaves `base` as it is.
+    mesh: the devices it runs on.
     task: training prompts and checker; supervised rows are mixed in from the start
       "sft" only.
     arms, starts: what is compared.
@@ -139,7 +140,7 @@ class Study:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/study")
+  configs.add_arguments(parser, Study, workdir="runs/study")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,46 +10,69 @@ import argparse
 import ast
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import json
 import math
-import numbers
 import os
 import re
 import sys
 import traceback
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlft.cli import fields
+from rlft.cli.overrides import apply_overrides
+from rlft.cli.typed import to_dataclass
 from rlft.core.errors import ConfigError
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
 T = TypeVar("T")
-Overrides = Sequence[tuple[str, str]]  # (dotted field, text of the value)
 
 RESOLVED = "resolved_config.json"
 ABSENT = "(absent)"
 _REDACTED = "***"
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, workdir: str) -> None:
-  """Adds `--config` and `--workdir`, which every command that trains or reads takes."""
+def add_arguments(
+  parser: argparse.ArgumentParser, settings: type, *, workdir: str
+) -> None:
+  """Adds `--config` and `--workdir`, which every command that trains or reads takes.
+
+  Args:
+    parser: of the command.
+    settings: the dataclass of its settings, whose fields `--help` lists.
+    workdir: the default.
+  """
+  add_config(parser, settings, "config file, with the argument of its get_config")
+  parser.add_argument(
+    "--workdir",
+    type=os.path.expanduser,
+    default=workdir,
+    help="where results go (default: %(default)s)",
+  )
+
+
+def add_config(
+  parser: argparse.ArgumentParser, settings: type, text: str, **more: Any
+) -> None:
+  """Adds `--config`, and the list of what it sets to the help."""
   parser.add_argument(
     "--config",
     metavar="FILE[:ARG]",
-    help="config file, with the argument of its get_config; any field can be set by "
-    "--config.FIELD=VALUE, such as --config.optimizer.learning_rate=1e-6",
+    help=f"{text}; any field can be set by --config.FIELD=VALUE, such as "
+    f"{fields.example(settings)}",
+    **more,
   )
-  parser.add_argument(
-    "--workdir", default=workdir, help="where results go (default: %(default)s)"
-  )
+  parser.set_defaults(settings=settings)
+  listed = fields.listing(settings)
+  parser.epilog = f"""settings, FIELD = DEFAULT (TYPE), set by --config.FIELD=VALUE;
+a tuple is written a,b or (a, b), and \\n in a text is a new line:
+
+{listed}"""
 
 
 def from_args(args: argparse.Namespace, cls: type[T]) -> T:
@@ -57,8 +80,36 @@ def from_args(args: argparse.Namespace, cls: type[T]) -> T:
   import ml_collections
 
   config = load(args.config) if args.config else ml_collections.ConfigDict()
+  _check_command(args.config, config, cls)
   apply_overrides(config, args.overrides, cls)
   return to_dataclass(cls, config)
+
+
+def _check_command(spec: str | None, config: ConfigDict, cls: type) -> None:
+  """Raises where a file has groups that this command lacks, and another one has all."""
+  names = {field.name for field in dataclasses.fields(cls)}
+  if set(config.keys()) <= names:
+    return
+  of = [name for name, has in _settings_of_commands().items() if set(config) <= has]
+  if of:
+    path = spec.partition(":")[0]
+    commands = " or ".join(f"`rlft {name}`" for name in of)
+    strange = ", ".join(sorted(set(config) - names))
+    raise ConfigError(
+      f"{path} is a config of {commands}; this command has no settings {strange}"
+    )
+
+
+def _settings_of_commands() -> dict[str, set[str]]:
+  """Command -> its groups of settings; read from the source, for imports are slow."""
+  found = {}
+  for path in sorted(Path(__file__).parent.glob("*.py")):
+    for node in ast.parse(path.read_bytes()).body:
+      text = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
+      if named := re.match(r"Settings of `rlft ([\w-]+)`", text or ""):
+        names = [one.target for one in node.body if isinstance(one, ast.AnnAssign)]
+        found[named[1]] = {one.id for one in names}
+  return found
 
 
 def load(spec: str) -> ConfigDict:
@@ -72,41 +123,48 @@ def load(spec: str) -> ConfigDict:
 
   Raises:
     ConfigError: no such file, no `get_config`, an argument that is missing or too many,
-      or an exception in the file, with its line.
+      or anything that the file raises, `SystemExit` too, with its line.
   """
   name, colon, arg = spec.partition(":")
-  path = Path(name)
+  path = Path(name).expanduser()
   if not path.is_file():
     siblings = sorted(map(str, path.parent.glob("*.py")))
-    raise ConfigError(f"no config file {name!r}{_nearest(name, siblings, 'files')}")
+    raise ConfigError(
+      f"no config file {name!r}{fields.nearest(str(path), siblings, 'files')}"
+    )
   if path.suffix != ".py":
     raise ConfigError(f"config file {name!r} is not Python: give a .py file")
-  module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+  # Absolute: the lines of a traceback are found by the file's name.
+  module_spec = importlib.util.spec_from_file_location(
+    f"_config_{path.stem}", path.resolve()
+  )
   module = importlib.util.module_from_spec(module_spec)
   # Dataclasses defined in the file look their module up here.
   sys.modules[module_spec.name] = module
-  try:
-    module_spec.loader.exec_module(module)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-      raise ConfigError(f"config file {name!r} defines no function get_config(arg)")
-    _check_arity(get_config, spec, colon)
-    config = get_config(arg) if colon else get_config()
-  except ConfigError:
-    raise
-  except Exception as error:
-    where = _line_of(error, path)
-    kind = type(error).__name__
-    raise ConfigError(f"config file {where} raised {kind}: {error}") from error
-  finally:
-    del sys.modules[module_spec.name]
   import ml_collections
 
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise ConfigError(
-      f"get_config of {name!r} returned {type(config).__name__}, not a ConfigDict"
-    )
-  return config
+  try:
+    with contextlib.chdir("."):  # --workdir is meant from where the command was given
+      module_spec.loader.exec_module(module)
+      get_config = getattr(module, "get_config", None)
+      if not callable(get_config):
+        raise ConfigError(f"config file {name!r} defines no function get_config(arg)")
+      _check_arity(get_config, spec, colon)
+      config = get_config(arg) if colon else get_config()
+      if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+          f"get_config of {name!r} returned {type(config).__name__}, not a ConfigDict"
+        )
+      config.to_dict()  # raises where a value is required and not given
+      return config
+  except ConfigError:
+    raise
+  except BaseException as error:  # sys.exit() would end the command without a word
+    line = _line_of(error, path)
+    where = f"{name}:{line}" if line else name
+    raise ConfigError(f"config file {where} raised {_what(error)}") from error
+  finally:
+    sys.modules.pop(module_spec.name, None)
 
 
 def _check_arity(get_config: Any, spec: str, colon: str) -> None:
@@ -121,312 +179,27 @@ def _check_arity(get_config: Any, spec: str, colon: str) -> None:
     raise ConfigError(f"get_config of {spec!r} {cure}") from None
 
 
-def _line_of(error: Exception, path: Path) -> str:
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
-           if Path(f.filename) == path]  # fmt: skip
-  if isinstance(error, SyntaxError):
-    lines = [error.lineno]
-  return f"{path}:{lines[-1]}" if lines else str(path)
+def _line_of(error: BaseException, path: Path) -> int | None:
+  """The last line of the file that the error came through."""
+  own = str(path.resolve())
+  if isinstance(error, SyntaxError) and error.filename == own:
+    return error.lineno
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if frame.filename == own
+  ]
+  return lines[-1] if lines else None
 
 
-# ---- overrides
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-  """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of a command line.
-
-  They are taken out before argparse runs: it does not know their names, and they may
-  stand anywhere.
-
-  Args:
-    argv: the command line.
-
-  Returns:
-    What is left, and the overrides in order, as (field, text).
-
-  Raises:
-    ConfigError: an override without a value.
-  """
-  rest, overrides = [], []
-  words = iter(argv)
-  for word in words:
-    if word == "--":  # what follows is data, such as a prompt
-      rest += [word, *words]
-    elif word.startswith("--config."):
-      field, equals, text = word.removeprefix("--config.").partition("=")
-      if not equals:
-        text = next(words, "--")
-        if text.startswith("--"):
-          raise ConfigError(f"--config.{field} needs a value: --config.{field}=VALUE")
-      overrides.append((field, text))
-    else:
-      rest.append(word)
-  return rest, overrides
-
-
-def apply_overrides(
-  config: ConfigDict, overrides: Overrides, cls: type | None = None
-) -> ConfigDict:
-  """Sets fields of `config`, in place, from text.
-
-  Args:
-    config: the settings.
-    overrides: (dotted field, text) in order; the last one of a field wins.
-    cls: the dataclass that `config` will become. Its types decide how text is read, and
-      its fields may be set although the file left them at their default. Without it,
-      the type of the present value decides.
-
-  Returns:
-    `config`.
-
-  Raises:
-    ConfigError: unknown field (with the nearest one) or text that is not of its type.
-  """
-  for field, text in overrides:
-    _override(config, cls, "", field.split("."), text)
-  return config
-
-
-def _override(
-  node: ConfigDict, cls: type | None, path: str, names: list[str], text: str
-) -> None:
-  name, *rest = names
-  kind = _field_type(node, cls, name, path)
-  group, child = _group_class(kind), node.get(name)
-  path += name
-  if rest:
-    if group is None and not _is_group(child):
-      raise ConfigError(f"{path!r} is a setting, not a group: it has no {rest[0]!r}")
-    if not _is_group(child):  # the file left the group at its default
-      _set(node, name, {})
-    return _override(node[name], group, f"{path}.", rest, text)
-  none = text.lower() in ("none", "null") and type(None) in _arms(kind)
-  if (group or _is_group(child)) and not none:
-    inner = (_names(child, group) or ["FIELD"])[0]
-    raise ConfigError(
-      f"{path!r} is a group of settings: set one of them, such as "
-      f"--config.{path}.{inner}=VALUE"
-    )
-  _set(node, name, _read(text, kind, path))
-
-
-def _set(node: ConfigDict, name: str, value: Any) -> None:
-  """Replaces a field; ml_collections' own type check knows less than ours."""
-  with node.unlocked(), node.ignore_type():
-    node[name] = value
-
-
-def _is_group(value: Any) -> bool:
-  return hasattr(value, "to_dict") or isinstance(value, Mapping)
-
-
-def _names(node: ConfigDict | None, cls: type | None) -> list[str]:
-  """Fields that may be set: the dataclass's, else those of the file."""
-  if cls is not None:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-  return [] if node is None else list(node.keys())
-
-
-def _field_type(node: ConfigDict, cls: type | None, name: str, path: str) -> Any:
-  names = _names(node, cls)
-  if name not in names:
-    raise ConfigError(f"unknown field {path + name!r}{_nearest(name, names)}")
-  if cls is not None:
-    return typing.get_type_hints(cls)[name]
-  kind = node.get_type(name)
-  if _is_group(node[name]) or kind is type(None):
-    return Any
-  return tuple[Any, ...] if kind in (list, tuple) else kind
-
-
-def _group_class(kind: Any) -> type | None:
-  """The dataclass in `kind` (itself, or one arm of an Optional), else None."""
-  for arm in _arms(kind):
-    if dataclasses.is_dataclass(arm):
-      return arm
-  return None
-
-
-def _arms(kind: Any) -> tuple[Any, ...]:
-  if typing.get_origin(kind) in (typing.Union, types.UnionType):
-    return typing.get_args(kind)
-  return (kind,)
-
-
-_WORDS = {
-  "true": True,
-  "false": False,
-  "none": None,
-  "null": None,
-  "inf": math.inf,
-  "-inf": -math.inf,
-}
-
-
-def _read(text: str, kind: Any, path: str) -> Any:
-  """The text as a Python literal if `kind` takes that, else as a plain string."""
-  candidates: list[Any] = []
-  if text.lower() in _WORDS:
-    candidates.append(_WORDS[text.lower()])
-  else:
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-      candidates.append(ast.literal_eval(text))
-  for candidate in [*candidates, text]:
-    try:
-      return _coerce(candidate, kind, path)
-    except ConfigError:
-      continue
-  raise ConfigError(f"{path!r} takes {_describe(kind)}, not {text!r}")
-
-
-# ---- ConfigDict -> dataclass
-
-
-def to_dataclass(cls: type[T], config: ConfigDict | Mapping[str, Any]) -> T:
-  """Converts settings into a tree of frozen, hashable dataclasses.
-
-  Lists become tuples and ints become floats where the field says so; nothing else is
-  converted. Fields that `config` leaves out keep the dataclass's default.
-
-  Args:
-    cls: a frozen dataclass. Fields are bool, int, float, str, None, Literal, tuple,
-      Optional or other unions of these, and frozen dataclasses.
-    config: the settings.
-
-  Returns:
-    An instance of `cls`.
-
-  Raises:
-    ConfigError: a field is unknown, missing or mistyped, named by its dotted path.
-  """
-  # to_dict resolves ml_collections' references between fields.
-  values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-  result = _build(cls, values, "")
-  hash(result)  # a field type that is not hashable is our bug: fail at the first use
-  return result
-
-
-def _build(
-  cls: type, values: Mapping[str, Any], path: str, base: Any = dataclasses.MISSING
-) -> Any:
-  """`base`, or a default `cls`, with `values` set."""
-  if not cls.__dataclass_params__.frozen:
-    raise TypeError(
-      f"{cls.__name__} must be a frozen dataclass: jit caches by its hash"
-    )
-  fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-  hints = typing.get_type_hints(cls)
-  for name in values:
-    if name not in fields:
-      raise ConfigError(f"unknown field {path + str(name)!r}{_nearest(name, fields)}")
-  given = {}
-  for name, field in fields.items():
-    default = getattr(base, name, field.default)
-    if default is dataclasses.MISSING and callable(field.default_factory):
-      default = field.default_factory()
-    if name in values:
-      given[name] = _coerce(values[name], hints[name], path + name, default)
-    elif default is dataclasses.MISSING:
-      raise ConfigError(f"field {path + name!r} ({_describe(hints[name])}) is missing")
-  if base is dataclasses.MISSING:
-    return cls(**given)
-  return dataclasses.replace(base, **given)
-
-
-def _coerce(
-  value: Any, kind: Any, path: str, default: Any = dataclasses.MISSING
-) -> Any:
-  """`value` as a hashable `kind`; ConfigError when it is not one.
-
-  Where a group is given in part, the rest of it comes from `default`, which need not be
-  the group's own default: `optimizer: Adam = Adam(eps=1e-5)`.
-  """
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if kind is Any:
-    return _freeze(value, path)
-  if dataclasses.is_dataclass(kind):
-    if type(value) is kind:
-      return value
-    if isinstance(value, Mapping):
-      base = default if type(default) is kind else dataclasses.MISSING
-      return _build(kind, value, f"{path}.", base)
-  elif origin in (typing.Union, types.UnionType):
-    group = _group_class(kind)
-    if group and isinstance(value, Mapping):  # its error, not "takes Adam or none"
-      return _coerce(value, group, path, default)
-    if type(value) in args:  # before 3 becomes 3.0 in `float | int`
-      return value
-    for arm in args:
-      try:
-        return _coerce(value, arm, path)
-      except ConfigError:
-        continue
-  elif origin is typing.Literal:
-    for choice in args:
-      if type(choice) is type(value) and choice == value:  # True == 1
-        return choice
-  elif origin is tuple or kind is tuple:
-    if isinstance(value, list | tuple):
-      args = args or (Any, ...)
-      arms = args[:1] * len(value) if args[-1] is Ellipsis else args
-      if len(arms) == len(value):
-        return tuple(
-          _coerce(v, arm, f"{path}[{i}]") for i, (v, arm) in enumerate(zip(value, arms))
-        )
-  elif kind is type(None) or kind is None:
-    if value is None:
-      return None
-  elif kind is float:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-      if math.isnan(value):
-        raise ConfigError(f"{path!r} is NaN")
-      return float(value)
-  elif kind is int:
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-      return int(value)
-  elif kind in (bool, str):
-    if type(value) is kind:
-      return value
-  else:
-    raise TypeError(f"{path}: a config cannot hold {kind}")
-  raise ConfigError(
-    f"{path!r} takes {_describe(kind)}, not {value!r} ({type(value).__name__})"
-  )
-
-
-def _freeze(value: Any, path: str) -> Any:
-  if isinstance(value, list | tuple):
-    return tuple(_freeze(v, path) for v in value)
-  if value is None or isinstance(value, bool | int | float | str):
-    return value
-  raise ConfigError(f"{path!r} takes a number, text or a tuple of them, not {value!r}")
-
-
-def _describe(kind: Any) -> str:
-  """A type in words that a person can act on."""
-  origin, args = typing.get_origin(kind), typing.get_args(kind)
-  if kind is Any:
-    return "any value"
-  if kind is type(None) or kind is None:
-    return "none"
-  if kind is bool:
-    return "true or false"
-  if origin is typing.Literal:
-    return "one of " + ", ".join(map(str, args))
-  if origin in (typing.Union, types.UnionType):
-    return " or ".join(map(_describe, args))
-  if origin is tuple:
-    inner = ", ".join("..." if a is Ellipsis else _describe(a) for a in args)
-    return f"a tuple ({inner})"
-  return getattr(kind, "__name__", str(kind))
-
-
-def _nearest(name: object, names: Sequence[str] | Mapping[str, Any], what="fields"):
-  """The end of an error message: the nearest name, then all of them."""
-  names = list(names)
-  near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"{hint} ({what}: {', '.join(names)})" if names else hint
+def _what(error: BaseException) -> str:
+  """The error in a line, whatever its text is."""
+  try:
+    text = str(error)
+  except Exception:
+    text = "(an error without a text)"
+  text = text if len(text) <= 500 else f"{text[:500]}... ({len(text):,} characters)"
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 # ---- the record of a run

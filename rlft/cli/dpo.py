@@ -50,7 +50,7 @@ class DPORun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/dpo")
+  configs.add_arguments(parser, DPORun, workdir="runs/dpo")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
   )
   if dev:
     _show(result, workdir)
-  print(f"model: {workdir / 'model'}  (rlft sample --model={workdir / 'model'} PROMPT)")
+  print(f"model: {workdir}/model  (rlft sample --model={workdir}/model PROMPT)")
   return 0
 
 

@@ -26,6 +26,8 @@ class EvalRun:
   """Settings of `rlft eval`.
 
   Attributes:
+    model, mesh, task: what is evaluated, on which devices, on which problems.
+    eval: how.
     splits: of the task: arithmetic has test, dev, ood_steps, ood_numbers and
       ood_templates; gsm8k has test and train.
     prompts: of each split.
@@ -40,7 +42,7 @@ class EvalRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/eval")
+  configs.add_arguments(parser, EvalRun, workdir="runs/eval")
 
 
 def run(args: argparse.Namespace) -> int:

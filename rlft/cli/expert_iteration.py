@@ -40,6 +40,8 @@ class EIRun:
   Attributes:
     model: what samples the first round.
     base: the checkpoint that `ei.start="base"` trains; None takes `model`.
+    mesh: the devices it runs on.
+    task: the training prompts, and who checks.
     ei: the method.
     sft_first: supervised training on the reference solutions before the first round.
     dev_prompts: greedy@1 on so many dev prompts chooses the round that is kept; 0 keeps
@@ -64,7 +66,7 @@ class EIRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/expert_iteration")
+  configs.add_arguments(parser, EIRun, workdir="runs/expert_iteration")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ class GRPORun:
 
   Attributes:
     model: where to start, and what a KL is measured to.
+    mesh: the devices it runs on.
     task: the training prompts, and who checks.
     reward: see `RewardChoice`.
     grpo: the method.
@@ -52,7 +53,7 @@ class GRPORun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/grpo")
+  configs.add_arguments(parser, GRPORun, workdir="runs/grpo")
 
 
 def run(args: argparse.Namespace) -> int:

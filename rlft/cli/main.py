@@ -14,7 +14,10 @@ import contextlib
 import difflib
 import importlib
 import os
+import select
+import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Sequence
@@ -40,7 +43,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C.
   """
   try:
-    return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    try:
+      code = _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as error:  # of argparse
+      code = error.code
+    sys.stdout.flush()  # or the interpreter does, and complains
+    return code
+  except BrokenPipeError:
+    if not _nobody_reads():
+      raise
+    return 128 + signal.SIGPIPE  # as any program whose output is cut by `head`
+
+
+def _nobody_reads() -> bool:
+  """Whether who read our output has ended; then what is left of it goes nowhere."""
+  gone = False
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # it may be no file
+      reader = select.poll()
+      reader.register(stream.fileno(), 0)
+      if reader.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        gone = True
+  return gone
+
+
+def _run(argv: list[str]) -> int:
+  try:
+    return _dispatch(argv)
+  except BrokenPipeError:
+    raise
   except StoppedError as error:
     print("rlft:", error, file=sys.stderr)
     return EXIT_STOPPED
@@ -70,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-  from rlft.cli import config
+  from rlft.cli import overrides as lines
 
-  argv, overrides = config.split_overrides(argv)
+  argv, overrides = lines.split_overrides(argv)
   if not argv or argv[0] in ("-h", "--help", "help"):
     print(_help())
     return 0 if argv else 2
@@ -92,19 +124,55 @@ def _dispatch(argv: list[str]) -> int:
   command = importlib.import_module(f"rlft.cli.{name.replace('-', '_')}")
   if not _alone():
     _check_hosts(name, command)
+  return command.run(parse(name, command, argv[1:], overrides))
+
+
+def parse(
+  name: str, command: Any, words: Sequence[str], overrides: Sequence[tuple[str, str]]
+) -> argparse.Namespace:
+  """The command line of a command, or the error of a word that it does not take."""
   parser = argparse.ArgumentParser(
     prog=f"rlft {name}",
-    description=command.__doc__ or command.SUMMARY,
+    description=_wrapped(command.__doc__ or command.SUMMARY),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     # An abbreviation that works today is ambiguous after the next release.
     allow_abbrev=False,
   )
   command.add_arguments(parser)
-  args = parser.parse_args(argv[1:])
+  args, rest = parser.parse_known_args(words)
+  if rest:
+    raise _unknown_word(name, rest[0], parser)
   if overrides and not hasattr(args, "config"):
     raise ConfigError(f"rlft {name} has no --config to override: {overrides[0][0]!r}")
   args.overrides = overrides
-  return command.run(args)
+  return args
+
+
+def _wrapped(text: str, width: int = 80) -> str:
+  """Paragraphs at the width of a terminal; what is indented stays as it is."""
+  paragraphs = textwrap.dedent(text).strip().split("\n\n")
+  return "\n\n".join(
+    one if one.startswith(" ") else textwrap.fill(one, width, break_on_hyphens=False)
+    for one in paragraphs
+  )
+
+
+def _unknown_word(name: str, word: str, parser: argparse.ArgumentParser) -> ConfigError:
+  """The error of a word that the command does not take; names what was meant."""
+  from rlft.cli import fields
+
+  flag, equals, value = word.partition("=")
+  path = flag.lstrip("-").replace("config.", "", 1)
+  settings = parser.get_default("settings")
+  meant = fields.ending(path, settings) if settings else []
+  meant = [f"--config.{one}{equals}{value}" for one in meant]
+  if not meant:
+    flags = [one for action in parser._actions for one in action.option_strings]
+    meant = difflib.get_close_matches(flag, flags, n=1)
+  hint = f"; did you mean {fields.either(meant)}?" if meant else ""
+  return ConfigError(
+    f"rlft {name} does not take {word!r}{hint} (see rlft {name} --help)"
+  )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -32,6 +32,7 @@ class PPORun:
 
   Attributes:
     model: where to start, and what the KL is measured to.
+    mesh: the devices it runs on.
     task: the training prompts, and who checks.
     reward: see `RewardChoice`.
     value: directory of a reward model that the value model starts from; "" starts with
@@ -61,7 +62,7 @@ class PPORun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/ppo")
+  configs.add_arguments(parser, PPORun, workdir="runs/ppo")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ class Quickstart:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/quickstart")
+  configs.add_arguments(parser, Quickstart, workdir="runs/quickstart")
   parser.add_argument(
     "--seeds", type=int, default=1, help="repeat with so many seeds (default: 1)"
   )

@@ -42,6 +42,8 @@ class RCRLRun:
   Attributes:
     model: what samples the data.
     base: the checkpoint that is trained; None takes `model`.
+    mesh: the devices it runs on.
+    task: the training prompts, and who checks.
     rcrl: the method.
     orm: of `rcrl.value="orm"`: the directory of an outcome model.
     sft_first: supervised training on the reference solutions before sampling.
@@ -71,7 +73,7 @@ class RCRLRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/return_conditioned")
+  configs.add_arguments(parser, RCRLRun, workdir="runs/return_conditioned")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -88,6 +88,8 @@ class RewardModelRun:
   Attributes:
     kind: "pairs" reads `preferences`, "outcome" samples `task` by `outcomes`.
     model, mesh: where the trunk starts.
+    preferences: the pairs of kind "pairs".
+    task, outcomes: the prompts of kind "outcome", and how they are sampled.
     train: how.
     checkpoint: when the run is saved. The same command goes on from the last one, of
       outcomes after sampling them again.
@@ -106,7 +108,7 @@ class RewardModelRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/reward_model")
+  configs.add_arguments(parser, RewardModelRun, workdir="runs/reward_model")
 
 
 def run(args: argparse.Namespace) -> int:

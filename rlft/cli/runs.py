@@ -37,8 +37,9 @@ class MeshConfig:
   """Sizes of the mesh; -1 takes the devices that the others leave.
 
   Attributes:
-    data, fsdp, tensor: see `core.mesh.make_mesh`. fsdp=0 takes the fewest devices of a
-      slice whose memory holds the state of all models, on a CPU one.
+    data, fsdp, tensor: devices that share the rows, that share the parameters, and that
+      share each matrix product. fsdp=0 takes the fewest devices of a slice whose memory
+      holds the state of all models, on a CPU one.
     devices: how many there must be, on all hosts together: a run that finds fewer ends
       before it trains something else than was meant; 0 takes any number.
   """

@@ -1,7 +1,7 @@
 """Samples completions of a prompt, to see what a model does.
 
 rlft sample "Tom has 3 red pens and 4 blue pens. How many pens does Tom have?"
-rlft sample --model=smollm2 --chat --samples=4 --temperature=0.7 "Why is the sky blue?"
+rlft sample --model=smollm2 --chat --samples=4 "Why is the sky blue?"
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 
 import rlft
 from rlft.cli import runs
+from rlft.cli.overrides import unescape
 from rlft.core.errors import DataError
 from rlft.training.data import encode_prompts
 
@@ -28,7 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--top_p", type=float, default=1.0)
   parser.add_argument("--top_k", type=int, default=0)
   parser.add_argument("--min_p", type=float, default=0.0)
-  parser.add_argument("--stop", action="append", default=[], help="may be repeated")
+  parser.add_argument(
+    "--stop",
+    action="append",
+    default=[],
+    type=unescape,
+    help=r"text that ends a completion, \n is a new line; may be repeated",
+  )
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--chat", action="store_true", help="use the chat template")
 

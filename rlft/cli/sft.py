@@ -54,7 +54,7 @@ class SFTRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  configs.add_arguments(parser, workdir="runs/sft")
+  configs.add_arguments(parser, SFTRun, workdir="runs/sft")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
       result.policy, config.task, config.eval, config.eval_splits,
       config.eval_prompts, workdir,
     )  # fmt: skip
-  print(
-    f"model: {workdir / 'model'}  (rlft sample --config.model.path={workdir}/model)"
-  )
+  print(f"model: {workdir}/model  (rlft sample --model={workdir}/model PROMPT)")
   return 0
 
 

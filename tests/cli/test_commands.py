@@ -1,6 +1,8 @@
 """The commands, run as a user runs them, on the embedded model."""
 
 import json
+import re
+import shlex
 
 import jax
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import rlft
 from rlft.cli.main import main
 from rlft.cli.quickstart import sign_test
+from rlft.core.errors import ConfigError
 from rlft.training import metrics
 
 SMALL_EVAL = (
@@ -109,7 +112,19 @@ def test_sample_shows_completions(capsys):
   assert out.count("nats/token") == 2 and "=" in out
 
 
-def test_sft_from_random_weights(tmp_path):
+def test_a_stop_from_a_shell_is_a_new_line(monkeypatch):
+  seen = {}
+
+  def generate(*args, **settings):
+    seen.update(settings)
+    raise ConfigError("seen")
+
+  monkeypatch.setattr(rlft, "generate", generate)
+  assert main(["sample", "x", r"--stop=\n\n", r"--stop=a\tb"]) == 2
+  assert seen["stop"] == ["\n\n", "a\tb"]
+
+
+def test_sft_from_random_weights(tmp_path, capsys):
   code = main(
     [
       "sft",
@@ -130,6 +145,11 @@ def test_sft_from_random_weights(tmp_path):
   )
   assert code == 0
   assert rlft.load(tmp_path / "model").config.width == 16
+  # The command that is printed at the end runs.
+  [hint] = re.findall(r"\(rlft (sample .*) PROMPT\)", capsys.readouterr().out)
+  assert (
+    main([*shlex.split(hint), "Tom has 3", "--samples=1", "--max_new_tokens=2"]) == 0
+  )
   resolved = json.loads((tmp_path / "resolved_config.json").read_text())
   assert resolved["sft"]["batch_size"] == 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ import ml_collections
 import pytest
 
 from rlft.cli import config as config_lib
+from rlft.cli import overrides as overrides_lib
 from rlft.core.errors import ConfigError
 
 
@@ -29,6 +31,9 @@ class Settings:
   clip: float | None = 1.0
   start: Literal["base", "sft"] = "base"
   ks: tuple[int, ...] = (1, 16)
+  splits: tuple[str, ...] = ()
+  pairs: tuple[tuple[int, int], ...] = ()
+  parts: tuple[int, ...] | None = None
   seed: int | None = None
   limit: float = math.inf
   # Not Adam's own defaults: a group given in part must keep these.
@@ -78,11 +83,75 @@ def test_a_file_and_its_argument(tmp_path):
     ("def get_config():\n  return 3", "", "returned int, not a ConfigDict"),
     ("def get_config():\n  return 1 / 0", "", r"setup.py:2 raised ZeroDivisionError"),
     ("x = (\n", "", r"setup.py:1 raised SyntaxError"),
+    ("\nimport json; json.loads('{')", "", r"setup.py:2 raised JSONDecodeError"),
+    ("import sys\nsys.exit()", "", r"setup.py:2 raised SystemExit$"),
+    (
+      "def get_config():\n  raise SystemExit(0)",
+      "",
+      r"setup.py:2 raised SystemExit: 0$",
+    ),
+    ("raise KeyboardInterrupt", "", r"setup.py:1 raised KeyboardInterrupt$"),
+    (
+      "class E(BaseException): pass\nraise E('x' * 10**6)",
+      "",
+      r"setup.py:2 raised E: x+",
+    ),
+    (
+      "class E(Exception):\n  def __str__(self): raise E\nraise E",
+      "",
+      "py:3 raised E: ",
+    ),
+    (
+      "def get_config():\n  return get_config()",
+      "",
+      "setup.py:2 raised RecursionError",
+    ),
+    (
+      "import ml_collections as m\ndef get_config():\n"
+      "  return m.ConfigDict({'a': m.config_dict.required_placeholder(int)})",
+      "",
+      "setup.py raised RequiredValueError",
+    ),
   ],
 )
-def test_a_broken_file_is_an_error_with_its_line(tmp_path, text, arg, message):
-  with pytest.raises(ConfigError, match=message):
-    config_lib.load(write(tmp_path, text) + arg)
+def test_a_broken_file_is_an_error_with_its_line(
+  tmp_path, text, arg, message, monkeypatch
+):
+  path = write(tmp_path, text)
+  monkeypatch.chdir(tmp_path)
+  for name in (path, "setup.py"):  # as it was given, and as Python names it
+    with pytest.raises(ConfigError, match=message) as error:
+      config_lib.load(name + arg)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_file_does_not_move_the_command(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config_lib.load(write(tmp_path, "import os\nos.chdir('/')\n" + GOOD))
+  assert Path.cwd() == tmp_path
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  write(tmp_path, GOOD)
+  assert config_lib.load("~/setup.py:large").name == "large"
+
+
+def test_the_file_of_another_command_is_named_as_that():
+  from rlft.cli.grpo import GRPORun
+
+  line = argparse.Namespace(config="configs/arithmetic_ppo.py:dense", overrides=[])
+  with pytest.raises(ConfigError, match=r"ppo\.py is a config of `rlft ppo`"):
+    config_lib.from_args(line, GRPORun)
+
+
+def test_settings_that_do_not_go_together_say_where():
+  from rlft.cli.ppo import PPORun
+
+  with pytest.raises(ConfigError, match=r"ppo\.value_optimizer: learning_rate=-1"):
+    config_lib.to_dataclass(
+      PPORun, {"ppo": {"value_optimizer": {"learning_rate": -1.0}}}
+    )
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path):
@@ -93,12 +162,12 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
 
 def test_overrides_are_taken_out_of_any_place():
   line = "--config.a=1 run.py --config=f.py --config.b.c -2 --x -- --config.d=3"
-  rest, overrides = config_lib.split_overrides(line.split())
+  rest, overrides = overrides_lib.split_overrides(line.split())
   assert " ".join(rest) == "run.py --config=f.py --x -- --config.d=3"
   assert overrides == [("a", "1"), ("b.c", "-2")]
   for words in (["--config.a"], ["--config.a", "--workdir=x"]):
     with pytest.raises(ConfigError, match=r"--config\.a needs a value"):
-      config_lib.split_overrides(words)
+      overrides_lib.split_overrides(words)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +188,29 @@ def test_overrides_are_taken_out_of_any_place():
     ("ks", "1,4", (1, 4)),
     ("ks", "[8]", (8,)),
     ("ks", "()", ()),
+    ("ks", "", ()),
+    ("ks", "8", (8,)),
+    ("ks", "8,", (8,)),
+    ("ks", "(8)", (8,)),
+    ("ks", "(1, 4)", (1, 4)),
+    ("splits", "test,ood_steps", ("test", "ood_steps")),
+    ("splits", "(test, ood_steps)", ("test", "ood_steps")),
+    ("splits", "('test', \"ood\")", ("test", "ood")),
+    ("splits", "'test','ood'", ("test", "ood")),
+    ("splits", "[test]", ("test",)),
+    ("splits", "sft", ("sft",)),
+    ("splits", "1,4", ("1", "4")),
+    ("splits", "none", ("none",)),
+    ("splits", "(',',)", (",",)),
+    ("splits", "(')', x)", (")", "x")),
+    ("splits", "'a, b',c", ("a, b", "c")),
+    ("splits", "don't", ("don't",)),
+    ("splits", r"\n", ("\n",)),
+    ("splits", r"'\n\n', Q:", ("\n\n", "Q:")),
+    ("pairs", "(1,2),(3,4)", ((1, 2), (3, 4))),
+    ("parts", "none", None),
+    ("parts", "1,2", (1, 2)),
+    ("name", r"a\tb\.", "a\tb\\."),
     ("seed", "7", 7),
     ("optimizer.learning_rate", "1e-6", 1e-6),
     ("optimizer.nesterov", "True", True),
@@ -133,21 +225,6 @@ def test_override_by_the_declared_type(field, text, value):
     got = getattr(got, name)
   assert got == value
   assert type(got) is type(value)
-  # From the value's own type, where the file is all that is known.
-  plain = ml_collections.ConfigDict(
-    {
-      "name": "a",
-      "steps": 3,
-      "clip": 1.0,
-      "ks": (1, 2),
-      "optimizer": {"nesterov": False},
-    }
-  )
-  if field in ("name", "steps", "ks", "optimizer.nesterov"):
-    config_lib.apply_overrides(plain, [(field, text)])
-    for name in field.split("."):
-      plain = plain[name]
-    assert plain == value
 
 
 @pytest.mark.parametrize(
@@ -160,13 +237,48 @@ def test_override_by_the_declared_type(field, text, value):
     ("clip", "fast", "takes float or none, not 'fast'"),
     ("optimizer.nesterov", "1", "takes true or false, not '1'"),
     ("start", "stf", "takes one of base, sft"),
-    ("ks", "8", r"takes a tuple \(int, ...\)"),
+    (
+      "ks",
+      "a",
+      r"takes a tuple \(int, ...\), written 1,4 or \(1, 4\), one as 1, none ",
+    ),
     ("ks", "1,a", "takes a tuple"),
-    ("optimizer.betas", "0.1", r"a tuple \(float, float\)"),
+    ("ks", "1,,4", "takes a tuple"),
+    ("ks", "(1, 4", "takes a tuple"),
+    (
+      "optimizer.betas",
+      "0.1",
+      r"a tuple \(float, float\), written 0.1,0.9 or \(0.1, 0.",
+    ),
     ("optimizer.betas", "0.1,0.2,0.3", r"a tuple \(float, float\)"),
     ("ks", "__import__('os')", "takes a tuple"),
-    ("stpes", "1", "unknown field 'stpes'; did you mean 'steps'.*fields: steps, name"),
-    ("optimizer.lerning_rate", "1", "did you mean 'learning_rate'"),
+    (
+      "stpes",
+      "1",
+      "unknown field 'stpes'; did you mean --config.steps.*fields: steps, name",
+    ),
+    (
+      "optimizer.lerning_rate",
+      "1",
+      r"mean --config.optimizer.learning_rate\? \(fields of optimizer: learning",
+    ),
+    # The end of a path that is elsewhere: with all of it, the likeliest first.
+    (
+      "learning_rate",
+      "1",
+      "mean --config.warmup.learning_rate or --config.optimizer.l",
+    ),
+    ("sft.warmup.nesterov", "1", r"did you mean --config.warmup.nesterov\?"),
+    (
+      "optimiser.nesterov",
+      "1",
+      "mean --config.optimizer.nesterov or --config.warmup.n",
+    ),
+    (
+      "warmup.steps",
+      "1",
+      r"did you mean --config.steps\? \(fields of warmup: learning_r",
+    ),
     (
       "optimizer",
       "3",
@@ -180,17 +292,6 @@ def test_override_by_the_declared_type(field, text, value):
 def test_a_wrong_override_is_an_error_that_helps(field, text, message):
   with pytest.raises(ConfigError, match=message):
     build({field: text})
-
-
-def test_overrides_of_a_file_without_its_dataclass():
-  config = ml_collections.ConfigDict({"a": {"b": 1.5}, "n": None})
-  config.lock()
-  config_lib.apply_overrides(config, [("a.b", "2"), ("n", "x")])
-  assert config.a.b == 2.0 and config.n == "x" and config.is_locked
-  with pytest.raises(ConfigError, match=r"unknown field 'a\.c'"):
-    config_lib.apply_overrides(config, [("a.c", "2")])
-  with pytest.raises(ConfigError, match="'a' is a group"):
-    config_lib.apply_overrides(config, [("a", "2")])
 
 
 def test_to_dataclass_is_frozen_hashable_and_typed():
@@ -209,6 +310,8 @@ def test_to_dataclass_is_frozen_hashable_and_typed():
     ({"warmup": {"nestrov": True}}, r"unknown field 'warmup\.nestrov'; did you mean"),
     ({"name": {"a": 1}}, "'name' takes str"),
     ({"limit": math.nan}, "'limit' is NaN"),
+    ({"limit": 10**400}, "'limit' is too large"),
+    ({"nesterov": True}, "mean 'warmup.nesterov' or 'optimizer.nesterov'"),
   ]:
     with pytest.raises(ConfigError, match=message):
       build(**values)

@@ -24,10 +24,15 @@ SUMMARY = "say what was read"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
+  """Settings.
+
+  Attributes:
+    steps: how many.
+  """
   steps: int = 1
 
 def add_arguments(parser):
-  config.add_arguments(parser, workdir="runs/planted")
+  config.add_arguments(parser, Settings, workdir="runs/planted")
   parser.add_argument("--fail", choices=["data", "bug", "ctrl-c"])
 
 def run(args):
@@ -54,7 +59,8 @@ def checkout(tmp_path_factory) -> Path:
   (root / "rlft" / "cli").mkdir(parents=True)
   shutil.copy(source / "__init__.py", root / "rlft")
   shutil.copytree(source / "core", root / "rlft" / "core")
-  for name in ("__init__.py", "main.py", "config.py"):
+  for module in ("__init__", "main", "config", "fields", "overrides", "typed"):
+    name = f"{module}.py"
     shutil.copy(source / "cli" / name, root / "rlft" / "cli")
   for name, text in {"two_words": COMMAND, "other": OTHER, "bare": BARE}.items():
     (root / "rlft" / "cli" / f"{name}.py").write_text(text)
@@ -95,7 +101,18 @@ def test_settings_reach_the_command_and_its_code_comes_back(checkout):
     (["two-words", "--fail=data"], "rlft: error: row 3 of x.jsonl is empty\n"),
     (
       ["two-words", "--config.step=1"],
-      "rlft: error: unknown field 'step'; did you mean 'steps'? (fields: steps)\n",
+      "rlft: error: unknown field 'step'; did you mean --config.steps? "
+      "(fields: steps)\n",
+    ),
+    (
+      ["two-words", "--steps=3"],
+      "rlft: error: rlft two-words does not take '--steps=3'; did you mean "
+      "--config.steps=3? (see rlft two-words --help)\n",
+    ),
+    (
+      ["two-words", "--work=w"],  # no abbreviations
+      "rlft: error: rlft two-words does not take '--work=w'; did you mean --workdir? "
+      "(see rlft two-words --help)\n",
     ),
     (
       ["tow-words"],
@@ -133,10 +150,27 @@ def test_help_imports_no_command(checkout):
   assert run(checkout).returncode == 2
   help_ = run(checkout, "two-words", "--help").stdout
   assert "It has a docstring of 100% text." in help_ and "--config FILE[:ARG]" in help_
+  assert "steps = 1 (int)\n        how many." in help_
   done = run(checkout, "--version")
   assert done.stdout == f"rlft {rlft.__version__}\n"
 
 
-def test_an_abbreviated_flag_is_refused(checkout):
-  done = run(checkout, "two-words", "--work=w")
-  assert done.returncode == 2 and "unrecognized arguments" in done.stderr
+def test_a_reader_that_ends_is_no_error(checkout):
+  """As of `rlft ... | head`: by a pipe whose other end is closed."""
+  code = "import sys; from rlft.cli.main import main; sys.exit(main())"
+  for words in (["--help"], ["two-words", "--help"], ["two-words"]):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+      [sys.executable, "-P", "-c", code, *words],
+      env={**os.environ, "PYTHONPATH": str(checkout)},
+      cwd=checkout,
+      stdout=write,
+      stderr=subprocess.PIPE,
+      text=True,
+      timeout=60,
+    )
+    os.close(write)
+    # argparse passes over it.
+    assert done.returncode in ((0, 141) if words[1:] else (141,)), words
+    assert done.stderr == "", words
