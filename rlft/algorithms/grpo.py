@@ -54,7 +54,7 @@ from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.saving import Saving
-from rlft.training.step import Sums, make_step
+from rlft.training.step import Sums, go_on_from, make_step
 from rlft.training.trainee import Trainee
 
 log = logging.getLogger(__name__)
@@ -385,7 +385,8 @@ class _Run:
 
   def go_on(self, arrays: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """See `iterations.State`."""
-    self.trainee.state, self.draws = arrays["policy"], notes["draws"]
+    self.trainee.state = go_on_from(arrays["policy"], self.trainee.state)
+    self.draws = notes["draws"]
     self.updater.go_on(notes["updater"])
 
   def iterate(self, index: int, reward: RewardOf, tell) -> dict[str, float]:

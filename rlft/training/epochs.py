@@ -18,7 +18,7 @@ import jax
 from rlft.training.divergence import Guard
 from rlft.training.metrics import PhaseTimers
 from rlft.training.saving import Saving
-from rlft.training.step import TrainState
+from rlft.training.step import TrainState, go_on_from
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def fit(
   progress = _Progress({name: [] for name in curves})
   found = saving.restore(state) if saving is not None else None
   if found is not None:
-    state = found.arrays.replace(horizon=state.horizon)
+    state = go_on_from(found.arrays, state)
     progress = _Progress(**found.meta)
   earlier = progress.seconds
 

@@ -7,6 +7,7 @@ gradient accumulation carries both, so micro-batching cannot change an update.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from rlft.training.optimizer import (
   make_optimizer,
   matches,
 )
+
+log = logging.getLogger(__name__)
 
 # {name: (sum, denominator)}; "loss" is the one that is differentiated. A name that ends
 # in "_max" is a maximum, (value, 1): parts of a batch are combined by their largest.
@@ -78,6 +81,24 @@ def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState
     whole = NamedSharding(home.mesh, PartitionSpec())
     state = jax.tree.map(lambda x: x if x.ndim else hosts.spread(x, whole), state)
   return state
+
+
+def go_on_from(saved: TrainState, fresh: TrainState) -> TrainState:
+  """A saved state, whose schedule is as long as the configuration asks for now.
+
+  Args:
+    saved: what was restored.
+    fresh: that of a run which begins now; only its horizon is read.
+  """
+  before, now = int(saved.horizon), int(fresh.horizon)
+  if before != now:
+    log.warning(
+      "the learning rate goes on by the schedule that is configured now: %d updates, "
+      "not the %d of the run that was saved",
+      now,
+      before,
+    )
+  return saved.replace(horizon=fresh.horizon)
 
 
 def make_step(

@@ -115,6 +115,40 @@ def test_a_finished_run_gives_its_result_again(tiny, tmp_path):
   assert again.history == first.history
 
 
+@pytest.mark.parametrize("more", [5, 2])
+@pytest.mark.parametrize("name", ["ppo", "dapo"])
+def test_the_schedule_is_that_of_the_configuration(name, more, tiny, tmp_path, caplog):
+  """Three iterations of a linear decay, then more or fewer: by the new schedule."""
+  run, config = RUNS[name]
+  linear = dataclasses.replace(SHARED["optimizer"], schedule="linear")
+  config = dataclasses.replace(config, optimizer=linear)
+  if name == "ppo":
+    config = dataclasses.replace(config, value_optimizer=linear, critic_warmup=0)
+
+  def rates(iterations, saving=None):
+    longer = dataclasses.replace(config, iterations=iterations)
+    stats = run(tiny, PROMPTS, pay, longer, saving=saving).iterations
+    names = [n for n in stats[0] if n.endswith("learning_rate")]
+    assert len(names) == (2 if name == "ppo" else 1)
+    return [[one[n] for n in names] for one in stats]
+
+  begun = 1 if more == 2 else 3
+  asked = iter([False] * (begun - 1) + [True])
+  stop = (lambda: next(asked)) if more == 2 else (lambda: False)
+  with Checkpointer(tmp_path) as checkpoints:
+    if more == 2:
+      with pytest.raises(StoppedError):
+        rates(3, Saving(checkpoints, stop=stop))
+    else:
+      rates(3, Saving(checkpoints))
+  with Checkpointer(tmp_path) as checkpoints:
+    resumed = rates(more, Saving(checkpoints))
+  assert "the schedule that is configured now" in caplog.text
+  due = rates(more)
+  assert resumed[begun:] == due[begun:] and len(resumed) == more
+  assert min(min(one) for one in due) > 0
+
+
 def test_a_run_with_other_models_is_refused(tiny, tmp_path):
   with Checkpointer(tmp_path) as checkpoints:
     go("dapo", tiny, Saving(checkpoints))
