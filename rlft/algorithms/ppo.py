@@ -53,7 +53,7 @@ from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.saving import Saving
-from rlft.training.step import Sums, init_state, make_step
+from rlft.training.step import Sums, go_on_from, init_state, make_step
 from rlft.training.trainee import Trainee
 
 log = logging.getLogger(__name__)
@@ -517,12 +517,21 @@ class _Run:
 
   def notes(self) -> dict[str, Any]:
     """See `iterations.State`."""
-    return {"kl_coef": float(self.kl_coef), "updater": self.updater.notes()}
+    return {
+      "kl_coef": float(self.kl_coef),
+      "kl_start": self.config.kl_coef,
+      "updater": self.updater.notes(),
+    }
 
   def go_on(self, arrays: dict[str, Any], notes: Mapping[str, Any]) -> None:
     """See `iterations.State`."""
-    self.trainee.state, self.value_state = arrays["policy"], arrays.get("value")
-    self.kl_coef = notes["kl_coef"]
+    self.trainee.state = go_on_from(arrays["policy"], self.trainee.state)
+    if self.value_state is not None:
+      self.value_state = go_on_from(arrays["value"], self.value_state)
+    # What a controller has found holds until it is given another start.
+    start = self.config.kl_coef
+    if self.config.kl_target and notes.get("kl_start", start) == start:
+      self.kl_coef = notes["kl_coef"]
     self.updater.go_on(notes["updater"])
 
   def value_model(self) -> ScalarModel:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from rlft.core import hosts
@@ -216,6 +217,7 @@ class Updater:
     recompute: whether old log-probabilities are the scorer's; with old_logp="auto" the
       measured mismatch decides.
     measured: whether the mismatch of this iteration was measured by the scorer.
+    due: whether the next iteration measures it, whatever its index.
     begun: whether the policy has been updated. Before that it is its reference, and
       its ratios are 1: both are asserted.
     guard: of its updates.
@@ -230,17 +232,26 @@ class Updater:
       self.reference = dataclasses.replace(reference, model=model)
     self.recompute = config.old_logp == "recompute"
     self.measured = self.begun = False
+    self.due = True
     heat = np.float32(config.temperature)
     self.temperature = hosts.put(heat, trainee.start.model.mesh)
     self.guard = Guard(config.optimizer, trainee.start.tokenizer)
 
-  def notes(self) -> dict[str, bool]:
+  def notes(self) -> dict[str, Any]:
     """What the next iteration depends on."""
-    return {"recompute": self.recompute, "begun": self.begun}
+    return {
+      "recompute": self.recompute,
+      "begun": self.begun,
+      "old_logp": self.config.old_logp,
+    }
 
-  def go_on(self, notes: Mapping[str, bool]) -> None:
-    """Takes over what `notes` gave."""
-    self.recompute, self.begun = notes["recompute"], notes["begun"]
+  def go_on(self, notes: Mapping[str, Any]) -> None:
+    """Takes over what `notes` gave; another `old_logp` than it was saved with holds."""
+    self.begun = notes["begun"]
+    before = notes.get("old_logp", self.config.old_logp)
+    self.due = before != self.config.old_logp
+    if not self.due:
+      self.recompute = notes["recompute"]
 
   def start_logps(
     self, index: int, rows: Region, with_reference: bool = True
@@ -259,9 +270,13 @@ class Updater:
       temperature=config.temperature,
       max_tokens=config.max_tokens,
     )
-    self.measured = self.recompute or (config.old_logp == "auto" and index % 16 == 0)
+    due, self.due = self.due or index % 16 == 0, False
+    self.measured = self.recompute or (config.old_logp == "auto" and due)
     own = start(policy, lora=lora) if self.measured else None
     ref = start(self.reference) if with_reference else None
+
+    types = lambda one: [x.dtype for x in jax.tree.leaves(one.params)]
+    same_path = lora is None and types(policy) == types(self.reference)
 
     def wait():
       old_logp, gap = rows.logp, {}
@@ -274,8 +289,14 @@ class Updater:
           old_logp = scored
       ref_logp = None if ref is None else ref()
       if ref_logp is not None and self._own_reference and not self.begun:
-        dtype = config.compute_dtype
-        facts.check_reference(old_logp, ref_logp, rows.chosen, dtype)
+        facts.check_reference(
+          old_logp,
+          ref_logp,
+          rows.chosen,
+          config.compute_dtype,
+          config.temperature,
+          same_path=self.recompute and same_path,
+        )
       return old_logp, ref_logp, gap
 
     return wait
@@ -301,6 +322,8 @@ class Updater:
     self.guard.add(name, metrics, part)
     if not self.begun and not metrics["skipped"]:
       measured = config.old_logp != "sampler"
-      facts.check_first_update(metrics, config.compute_dtype, measured)
+      facts.check_first_update(
+        metrics, config.compute_dtype, measured, config.temperature
+      )
       self.begun = True
     return metrics
