@@ -85,8 +85,8 @@ def load(
   Args:
     path_or_id: a Hugging Face directory, a `.gguf` file, or a hub id ("owner/name").
     mesh: where parameters live (see `core.mesh`); None is the default device.
-    dtype: of parameters and computation, float32 or bfloat16; files may hold float32,
-      float16 or bfloat16.
+    dtype: of parameters and computation, float32 or bfloat16; files may hold float64,
+      float32, float16 or bfloat16.
 
   Returns:
     The policy.

@@ -56,41 +56,49 @@ class Directory:
 
   def __init__(self, path: pathlib.Path):
     self._files: dict[str, tensorfile.TensorFile] = {}
-    if (path / INDEX).is_file():
-      self._read_index(path)
-    elif (path / SINGLE).is_file():
+    # A single file is the model, as for transformers: an index beside it is left over
+    # from an earlier save in several files, whether or not those are still there.
+    if (path / SINGLE).is_file():
       file = tensorfile.TensorFile(path / SINGLE)
       self._files = dict.fromkeys(file, file)
+    elif (path / INDEX).is_file():
+      self._read_index(path)
     else:
       raise _no_weights(path)
 
   def _read_index(self, path: pathlib.Path) -> None:
+    """Finds what the files of an index hold, which need not be what it promises."""
     index = path / INDEX
     try:
-      names = json.loads(index.read_bytes())["weight_map"]
-      by_file: dict[str, list[str]] = {}
-      for name, file in names.items():
-        by_file.setdefault(file, []).append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      promised = json.loads(index.read_bytes())["weight_map"]
+      files = sorted(set(promised.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise CheckpointError(f"{index} is damaged: it has no 'weight_map'") from error
-    for file in by_file:
-      if pathlib.PurePath(file).name != file:  # no way out of the directory
+    if not files:
+      raise CheckpointError(f"{index} is damaged: its 'weight_map' is empty")
+    for file in files:
+      # No way out of the directory.
+      if not isinstance(file, str) or pathlib.PurePath(file).name != file:
         raise CheckpointError(f"{index} names {file!r}, which is not a plain file name")
-    missing = sorted(file for file in by_file if not (path / file).is_file())
+    missing = [file for file in files if not (path / file).is_file()]
     if missing:
       raise CheckpointError(
-        f"{path} lacks {len(missing)} of {len(by_file)} weight files that its index "
+        f"{path} lacks {len(missing)} of {len(files)} weight files that its index "
         f"names: {', '.join(missing[:5])}; fetch them again"
       )
-    for file, names_in_file in by_file.items():
+    for file in files:
       opened = tensorfile.TensorFile(path / file)
-      absent = sorted(set(names_in_file) - set(opened))
-      if absent:
-        raise CheckpointError(
-          f"{path / file} lacks {len(absent)} tensors that the index promises: "
-          f"{', '.join(absent[:5])}"
-        )
-      self._files |= dict.fromkeys(names_in_file, opened)
+      for name in opened:
+        if name in self._files and promised.get(name) not in (
+          file,
+          self._files[name].path.name,
+        ):
+          raise CheckpointError(
+            f"{self._files[name].path} and {path / file} both hold {name!r}, and the "
+            "index does not say which one counts; fetch the files again"
+          )
+        if name not in self._files or promised.get(name) == file:
+          self._files[name] = opened
 
   def names(self) -> set[str]:
     return set(self._files)
@@ -178,8 +186,8 @@ def read_params(
   shapes = _flat(decoder.param_shapes(model))
   axes = _flat(decoder.param_axes(model))
   rows = _rows(family, shapes)
-  names = _names(source, family)
-  _check(source, rows, names, shapes, model.config)
+  names = _names(source, family, model.config)
+  _check(source, family, rows, names, shapes, model.config)
   params = {}
   for path, weight in rows.items():
     shape = shapes[path].shape
@@ -202,6 +210,7 @@ def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.
   for layer in range(shape[0]) if weight.stacked else (0,):
     name = names[weight.name.format(layer)]
     for first, chunk in source.chunks(name, whole=weight.part is not None):
+      chunk = _cast(chunk, dtype)
       if not _finite(chunk):
         raise CheckpointError(
           f"{source.where(name)}: the tensor {name!r} holds NaN or infinite values"
@@ -235,6 +244,11 @@ def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
   return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
+  with np.errstate(over="ignore", invalid="ignore"):  # `_finite` finds both
+    return x.astype(dtype, copy=False)
+
+
 def _finite(x: np.ndarray) -> bool:
   if x.dtype == tensorfile.DTYPES["BF16"]:  # all bits of the exponent: inf or NaN
     bits = x.view(np.uint16) & 0x7F80
@@ -253,16 +267,26 @@ def _rows(family: Family, paths: Any) -> dict[str, Weight]:
   return {path: table[path] for path in paths}
 
 
-def _names(source: Source, family: Family) -> dict[str, str]:
-  """The table's name of each tensor -> the source's, which may lack the prefix."""
-  names = source.names()
-  if any(name.startswith(family.prefix) for name in names):
-    return {name: name for name in names}
-  heads = {w.name for w in family.weights if w.path == "head"}
-  return {name if name in heads else family.prefix + name: name for name in names}
+def _names(source: Source, family: Family, config: DecoderConfig) -> dict[str, str]:
+  """The table's name of each tensor -> the source's.
+
+  A source may lack the prefix, and may keep a tied matrix under the head's name alone.
+  """
+  head, embedding = _name(family, "head"), _name(family, "embedding")
+  names = {name: name for name in source.names()}
+  if not any(name.startswith(family.prefix) for name in names):
+    names = {n if n == head else family.prefix + n: n for n in names}
+  if config.tie_embeddings and head in names and embedding not in names:
+    names[embedding] = names.pop(head)
+  return names
 
 
-def _check(source, rows, names, shapes, config: DecoderConfig) -> None:
+def _name(family: Family, path: str) -> str:
+  """The tensor that holds a parameter."""
+  return next(weight.name for weight in family.weights if weight.path == path)
+
+
+def _check(source, family, rows, names, shapes, config: DecoderConfig) -> None:
   expected = {}
   for path, weight in rows.items():
     shape = shapes[path].shape
@@ -270,19 +294,21 @@ def _check(source, rows, names, shapes, config: DecoderConfig) -> None:
       inner = shape[1:] if weight.stacked else shape
       expected[weight.name.format(layer)] = weight.hf_shape(inner)
   missing = sorted(set(expected) - set(names))
-  if missing:
-    raise CheckpointError(
-      f"{len(missing)} of {len(expected)} tensors are missing: "
-      f"{', '.join(missing[:5])}; the checkpoint is incomplete, or its config.json "
-      "describes another model"
-    )
   extra = sorted(
     name for name in set(names) - set(expected) if not _BUFFER.search(name)
   )
-  if config.tie_embeddings and extra in (["lm_head.weight"], ["embed_out.weight"]):
-    tied = names[rows["embedding"].name]
-    _check_tied(source, names[extra[0]], tied)
-    extra = []
+  if missing:
+    found = ", ".join(names[name] for name in extra[:3])
+    instead = f" (it holds instead: {found})" if extra else ""
+    raise CheckpointError(
+      f"{len(missing)} of {len(expected)} tensors are missing: "
+      f"{', '.join(missing[:5])}{instead}; the checkpoint is incomplete, or its "
+      "config.json describes another model"
+    )
+  head = _name(family, "head")
+  if config.tie_embeddings and head in extra:
+    _check_tied(source, names[head], names[rows["embedding"].name])
+    extra.remove(head)
   if extra:
     raise CheckpointError(
       f"{len(extra)} tensors have no place in the model that config.json describes: "
@@ -304,11 +330,18 @@ def _check(source, rows, names, shapes, config: DecoderConfig) -> None:
 
 
 def _check_tied(source: Source, head: str, embedding: str) -> None:
-  """A tied model may repeat its embedding as the head; then they must be equal."""
+  """A tied model may repeat its embedding as the head; then they must be equal.
+
+  In another dtype the narrower one decides: it holds the other's rounded values.
+  """
   same = source.shape(head) == source.shape(embedding)
-  same = same and source.dtype(head) == source.dtype(embedding)
-  pairs = zip(source.chunks(head, False), source.chunks(embedding, False))
-  if not same or not all(a.tobytes() == b.tobytes() for (_, a), (_, b) in pairs):
+  dtypes = {source.dtype(head), source.dtype(embedding)}
+  same = same and dtypes <= set(tensorfile.DTYPES)
+  if same:
+    narrow = min((tensorfile.DTYPES[name] for name in dtypes), key=lambda d: d.itemsize)
+    pairs = zip(source.chunks(head, False), source.chunks(embedding, False))
+    same = all((_cast(a, narrow) == _cast(b, narrow)).all() for (_, a), (_, b) in pairs)
+  if not same:
     raise CheckpointError(
       f"{source.where(head)}: {head!r} differs from {embedding!r}, but config.json "
       "ties them; set 'tie_word_embeddings' to false there to use both"

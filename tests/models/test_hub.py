@@ -85,6 +85,11 @@ def _edit_arrays(path, change):
   write_arrays(path / "model.safetensors", arrays)
 
 
+def _rename(arrays, new):
+  for name in list(arrays):
+    arrays[new(name)] = arrays.pop(name)
+
+
 def _edit_header(path, change):
   file = path / "model.safetensors"
   raw = file.read_bytes()
@@ -106,6 +111,20 @@ def _edit_index(path, change):
   value = json.loads(index.read_text())
   change(value["weight_map"])
   index.write_text(json.dumps(value))
+
+
+def _edit_shard(path, number, change):
+  file = path / f"model-0000{number}-of-00003.safetensors"
+  arrays = arrays_of(file)
+  change(arrays)
+  write_arrays(file, arrays)
+
+
+def _twice(path):
+  """A tensor that no index names, put into the first file and to be put elsewhere."""
+  more = {"model.norm.bias": np.ones(2, np.float32)}
+  _edit_shard(path, 1, lambda arrays: arrays.update(more))
+  return more
 
 
 def _only(path, name, content=b"x"):
@@ -172,7 +191,7 @@ BAD = {
   ),
   "wrong dtype": (
     lambda p: _edit_header(p, lambda h: h[EMBEDDING].update(dtype="I32")),
-    rf"'{EMBEDDING}' has the dtype I32; supported: F32, F16, BF16",
+    rf"'{EMBEDDING}' has the dtype I32; supported: F64, F32, F16, BF16",
   ),
   "truncated": (lambda p: _rewrite(p, lambda raw: raw[:-1000]), "truncated: "),
   "cut in the header": (lambda p: _rewrite(p, lambda raw: raw[:100]), "truncated: 100"),
@@ -214,12 +233,12 @@ BAD = {
     r"lacks 1 of 3 weight files.*model-00002-of-00003.safetensors",
   ),
   "tensor missing from its file": (
-    _sharded(
-      lambda p: _edit_index(
-        p, lambda m: m.update({EMBEDDING: "model-00003-of-00003.safetensors"})
-      )
-    ),
-    rf"lacks 1 tensors that the index promises: {EMBEDDING}",
+    _sharded(lambda p: _edit_shard(p, 1, lambda a: a.pop(EMBEDDING))),
+    rf"1 of 21 tensors are missing: {EMBEDDING}; the checkpoint is incomplete",
+  ),
+  "two files that disagree": (
+    _sharded(lambda p: _edit_shard(p, 3, lambda a: a.update(_twice(p)))),
+    "both hold 'model.norm.bias', and the index does not say which one counts",
   ),
   "a way out of the directory": (
     _sharded(
@@ -230,6 +249,18 @@ BAD = {
   "index without a map": (
     _sharded(lambda p: (p / "model.safetensors.index.json").write_text("{}")),
     "has no 'weight_map'",
+  ),
+  "index of nothing": (
+    _sharded(lambda p: _edit_index(p, lambda m: m.clear())),
+    "its 'weight_map' is empty",
+  ),
+  "index of a number": (
+    _sharded(lambda p: _edit_index(p, lambda m: m.update({EMBEDDING: 3}))),
+    "is damaged|not a plain file name",
+  ),
+  "prefix of a wrapper": (
+    lambda p: _edit_arrays(p, lambda a: _rename(a, lambda n: "module." + n)),
+    r"21 of 21 tensors are missing.*it holds instead: module\.lm_head\.weight",
   ),
   "tokenizer too large": (
     lambda p: add_tokenizer(p, 73),
@@ -257,7 +288,9 @@ def test_bad_directories_are_refused_before_any_array(case, folder, request):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+  "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
+)
 def test_weights_that_are_not_finite_are_named(folder, value, dtype):
   def damage(arrays):
     for name in arrays:
@@ -313,6 +346,41 @@ def test_a_foreign_mesh():
 # ------------------------------------------------------------------- what is read
 
 
+HEADS = {
+  "llama3_scaled": EMBEDDING,
+  "qwen2": EMBEDDING,
+  "gemma3_text": EMBEDDING,
+  "gpt2": "transformer.wte.weight",
+  "gpt_neox_tied": "gpt_neox.embed_in.weight",
+  "opt_350m": "model.decoder.embed_tokens.weight",
+}
+
+
+def _tied(name, path):
+  """A tied checkpoint, its embedding's name and its head's."""
+  shutil.copytree(GOLDEN / name.removesuffix("_tied"), path)
+  head = "embed_out.weight" if name.startswith("gpt_neox") else "lm_head.weight"
+  _edit_config(path, tie_word_embeddings=True)
+  _edit_arrays(path, lambda arrays: arrays.pop(head, None))
+  return HEADS[name], head
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_tied_model_may_keep_its_matrix_as_the_head(name, bare, tmp_path):
+  embedding, head = _tied(name, tmp_path / "m")
+  whole = hub.load(tmp_path / "m").params
+  family = families.resolve(json.loads((tmp_path / "m" / "config.json").read_text()))
+  prefix = family.prefix if bare else ""
+
+  def keep_the_head(arrays):
+    arrays[head] = arrays.pop(embedding)
+    _rename(arrays, lambda n: n.removeprefix(prefix))
+
+  _edit_arrays(tmp_path / "m", keep_the_head)
+  assert_equal(hub.load(tmp_path / "m").params, whole)
+
+
 def test_a_repeated_head_of_a_tied_model_must_be_the_embedding(tmp_path):
   path = tmp_path / "model"
   shutil.copytree(GOLDEN / "qwen2", path)
@@ -327,17 +395,92 @@ def test_a_repeated_head_of_a_tied_model_must_be_the_embedding(tmp_path):
     hub.load(path)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_files(folder, dtype):
-  def halve(arrays):
+@pytest.mark.parametrize("last, same", [(0.0, True), (0.25, False)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wide", ["head", "embedding"])
+def test_a_repeated_head_may_have_another_dtype(
+  tmp_path, monkeypatch, dtype, wide, last, same
+):
+  monkeypatch.setattr(tensorfile, "_CHUNK", 700)  # not dividing the rows
+  path = tmp_path / "model"
+  shutil.copytree(GOLDEN / "qwen2", path)
+
+  def repeat(arrays):
+    other = arrays[EMBEDDING].astype(dtype)
+    other[-1, -1] += dtype(last)
+    arrays["lm_head.weight"] = other
+    if wide == "embedding":
+      arrays["lm_head.weight"], arrays[EMBEDDING] = arrays[EMBEDDING], other
+
+  _edit_arrays(path, repeat)
+  if same:
+    assert "head" not in hub.load(path).params
+  else:
+    with pytest.raises(CheckpointError, match="'tie_word_embeddings' to false"):
+      hub.load(path)
+
+
+@pytest.mark.parametrize("shards", ["gone", "there"])
+def test_a_single_file_counts_more_than_an_index_beside_it(folder, shards):
+  """As for transformers: `save_pretrained` leaves an old index where it is."""
+  _shard(folder)
+  _edit_shard(folder, 1, lambda a: a.update({EMBEDDING: a[EMBEDDING] + 1}))
+  if shards == "gone":
+    for file in folder.glob("model-*.safetensors"):
+      file.unlink()
+  shutil.copy(GOLDEN / "llama" / "model.safetensors", folder)
+  assert_equal(hub.load(folder).params, hub.load(GOLDEN / "llama").params)
+
+
+def test_an_index_is_a_list_of_files_and_their_headers_say_the_rest(folder):
+  """Converters write indices of the model that they came from."""
+  _shard(folder)
+
+  def change(names):
+    names["model.layers.0.self_attn.rotary_emb.inv_freq"] = names[EMBEDDING]
+    names[EMBEDDING] = "model-00003-of-00003.safetensors"
+    del names["model.norm.weight"]
+
+  _edit_index(folder, change)
+  assert_equal(hub.load(folder).params, hub.load(GOLDEN / "llama").params)
+
+
+def test_an_index_chooses_between_two_files(folder):
+  _shard(folder)
+  old = {EMBEDDING: np.zeros((72, 32), np.float32)}
+  _edit_shard(folder, 3, lambda arrays: arrays.update(old))
+  assert_equal(hub.load(folder).params, hub.load(GOLDEN / "llama").params)
+
+
+def test_an_index_that_names_a_tied_head_which_nobody_wrote(tmp_path):
+  path = tmp_path / "model"
+  shutil.copytree(GOLDEN / "qwen2", path)
+  _shard(path)
+  _edit_index(path, lambda m: m.update({"lm_head.weight": m[EMBEDDING]}))
+  assert_equal(hub.load(path).params, hub.load(GOLDEN / "qwen2").params)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_files_of_other_precisions(folder, dtype):
+  def convert(arrays):
     for name in arrays:
       arrays[name] = arrays[name].astype(dtype)
 
-  _edit_arrays(folder, halve)
+  _edit_arrays(folder, convert)
   params = hub.load(folder, dtype="float32").params
   whole = arrays_of(GOLDEN / "llama" / "model.safetensors")[EMBEDDING]
   assert params["embedding"].dtype == jnp.float32
   np.testing.assert_array_equal(params["embedding"], whole.astype(dtype))
+
+
+def test_a_double_that_no_float_can_hold(folder):
+  def overflow(arrays):
+    arrays[EMBEDDING] = arrays[EMBEDDING].astype(np.float64)
+    arrays[EMBEDDING][3, 5] = 1e300
+
+  _edit_arrays(folder, overflow)
+  with pytest.raises(CheckpointError, match=f"'{EMBEDDING}' holds NaN or infinite"):
+    hub.load(folder)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "opt_350m"])
