@@ -184,10 +184,11 @@ class _OnPolicy:
     self.run, self.config, self.mesh, self.prompt = run, config, mesh, prompt
     self.ppo = isinstance(run, PPORun)
     self.method = method = run.ppo if self.ppo else run.grpo
-    if prompt < 1 or prompt + method.max_new_tokens > config.max_positions:
+    most = config.longest_sample(prompt)
+    if prompt < 1 or prompt + method.max_new_tokens > most:
       raise ConfigError(
         f"--prompt_tokens={prompt} and max_new_tokens={method.max_new_tokens}: prompts "
-        f"have at least 1 token, and both together at most the {config.max_positions} "
+        f"have at least 1 token, and both together at most the {most} "
         "positions of the model"
       )
     counts = method.prompts_per_iteration, method.samples_per_prompt

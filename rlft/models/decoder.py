@@ -28,26 +28,15 @@ from rlft.core.mesh import constrain
 from rlft.models import attention
 from rlft.models import cache as kv_cache
 from rlft.models.linear import Linear
+from rlft.models.rope import (
+  RopeScaling,
+  longest_sample,
+  rope_table,
+  rotary_size,
+  rotate,
+)
 
 Remat = Literal["none", "full", "dots"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched.
-
-  Attributes:
-    kind: "linear" divides every frequency by `factor`; "llama3" divides those with a
-      wavelength beyond the original context, leaves the short ones, and blends between.
-    factor: the stretch.
-    low_freq_factor, high_freq_factor, original_positions: of "llama3".
-  """
-
-  kind: Literal["linear", "llama3"]
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_positions: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +129,10 @@ class DecoderConfig:
     """Size of the last axis of `hidden`: E where embeddings are projected, else D."""
     return self.embed_width or self.width
 
+  def longest_sample(self, prompt: int) -> int:
+    """How many tokens a row may have in all that is sampled after a prompt."""
+    return longest_sample(prompt, self.max_positions, self.rope_scaling)
+
   @property
   def score_scale(self) -> float:
     return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
@@ -175,53 +168,6 @@ class _Context:
 def positions_from_mask(mask_BT: jax.Array) -> jax.Array:
   """Position of each real token: the number of real tokens before it."""
   return jnp.maximum(jnp.cumsum(mask_BT.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def rope_frequencies(
-  dim: int, theta: float, scaling: RopeScaling | None
-) -> list[float]:
-  """Rotary angular frequencies theta^(-2i/dim), stretched; `dim // 2` numbers.
-
-  Source: RoFormer (arXiv 2104.09864) eq. 15; the llama3 stretch is that of the
-  Llama 3.1 release.
-  """
-  frequencies = [theta ** (-2 * i / dim) for i in range(dim // 2)]
-  if scaling is None:
-    return frequencies
-  if scaling.kind == "linear":
-    return [f / scaling.factor for f in frequencies]
-  low = scaling.original_positions / scaling.low_freq_factor
-  high = scaling.original_positions / scaling.high_freq_factor
-  out = []
-  for f in frequencies:
-    wavelength = 2 * math.pi / f
-    if wavelength < high:
-      out.append(f)
-    elif wavelength > low:
-      out.append(f / scaling.factor)
-    else:
-      blend = (scaling.original_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-      )
-      out.append((1 - blend) * f / scaling.factor + blend * f)
-  return out
-
-
-def _rope_table(config: DecoderConfig, positions_BT, theta, scaling):
-  dim = int(config.head_dim * config.rope_fraction) // 2 * 2
-  frequency = jnp.asarray(rope_frequencies(dim, theta, scaling), jnp.float32)
-  angle_BTR = positions_BT.astype(jnp.float32)[..., None] * frequency
-  return jnp.cos(angle_BTR), jnp.sin(angle_BTR)
-
-
-def _rotate(x: jax.Array, table) -> jax.Array:
-  """Rotates the first 2R features of each head; x is [B, T, heads, H]."""
-  cos, sin = (t[:, :, None] for t in table)
-  half = cos.shape[-1]
-  x32 = x.astype(jnp.float32)
-  a, b, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-  out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
-  return out.astype(x.dtype)
 
 
 _ACTIVATIONS = {
@@ -293,7 +239,7 @@ class Attention(nn.Module):
       if context.local_rope is not None:
         choose = lambda near, far: jnp.where(jnp.asarray(window) > 0, near, far)
         table = jax.tree.map(choose, context.local_rope, table)
-      q, k = _rotate(q, table), _rotate(k, table)
+      q, k = rotate(q, table), rotate(k, table)
 
     q_BTNGH = q.reshape(batch, length, config.kv_heads, groups, config.head_dim)
     if cache is not None:
@@ -530,9 +476,13 @@ class Decoder(nn.Module):
         mask &= distance >= 0
     rope = local = None
     if config.positions == "rope":
-      rope = _rope_table(config, positions_BT, config.rope_theta, config.rope_scaling)
+      # A row that is sampled is as long as its prompt: see `models.rope`.
+      lengths_B = mask_BT.sum(-1) if cache is None else cache.start_B
+      dim = rotary_size(config.head_dim, config.rope_fraction)
+      where = positions_BT, lengths_B
+      rope = rope_table(dim, config.rope_theta, config.rope_scaling, *where)
       if config.local_rope_theta is not None:
-        local = _rope_table(config, positions_BT, config.local_rope_theta, None)
+        local = rope_table(dim, config.local_rope_theta, None, *where)
     if cache is not None:
       # Else the CPU compiler makes sines and cosines again inside every layer.
       rope, local = jax.lax.optimization_barrier((rope, local))

@@ -306,7 +306,8 @@ def _config_to_save(policy: Policy) -> dict[str, Any]:
   old = policy.hf_config
   like = families.resolve(old) if old else None
   if like is not None and like.from_hf(old) == policy.config:
-    hf = {key: value for key, value in old.items() if key != "torch_dtype"}
+    foreign = ("torch_dtype", "auto_map")  # no code comes with what is saved
+    hf = {key: value for key, value in old.items() if key not in foreign}
   else:
     hf = families.to_hf(policy.config, like)
     if old:

@@ -204,7 +204,6 @@ def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.
     for device, index in places.items()
   }
   buffers = {box: _aligned([b - a for a, b in box], dtype) for box in ranges.values()}
-  heads = config.heads
   # A slab is what one tensor holds: a layer of a stacked parameter, or all of it.
   row_axis = len(shape) - 1 if weight.transpose else int(weight.stacked)
   for layer in range(shape[0]) if weight.stacked else (0,):
@@ -215,7 +214,7 @@ def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.
         raise CheckpointError(
           f"{source.where(name)}: the tensor {name!r} holds NaN or infinite values"
         )
-      value = weight.take(chunk, heads)
+      value = weight.take(chunk, config)
       slab = [(layer, layer + 1)] if weight.stacked else []
       slab += [(0, n) for n in value.shape]
       if weight.part is None and chunk.ndim:
@@ -292,7 +291,7 @@ def _check(source, family, rows, names, shapes, config: DecoderConfig) -> None:
     shape = shapes[path].shape
     for layer in range(shape[0]) if weight.stacked else (0,):
       inner = shape[1:] if weight.stacked else shape
-      expected[weight.name.format(layer)] = weight.hf_shape(inner)
+      expected[weight.name.format(layer)] = weight.hf_shape(inner, config)
   missing = sorted(set(expected) - set(names))
   extra = sorted(
     name for name in set(names) - set(expected) if not _BUFFER.search(name)
@@ -385,7 +384,7 @@ def write_params(
     for layer in range(shape[0]) if weight.stacked else (0,):
       name = weight.name.format(layer)
       inner = shape[1:] if weight.stacked else shape
-      tensors[name] = (np.dtype(leaf.dtype), weight.hf_shape(inner))
+      tensors[name] = (np.dtype(leaf.dtype), weight.hf_shape(inner, model.config))
       parts.setdefault(name, []).append((weight, layer))
 
   # The layers of a parameter follow each other, so that it is fetched once; q, k and v
@@ -400,7 +399,7 @@ def write_params(
     for weight, layer in parts[name]:
       array = fetch(weight.path)
       array = array[layer] if weight.stacked else array
-      weight.put(out, array, model.config.heads)
+      weight.put(out, array, model.config)
     if not _finite(out):
       raise CheckpointError(f"the weights of {name!r} are not finite: not saved")
     return out

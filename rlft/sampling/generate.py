@@ -227,12 +227,20 @@ def generate(
   lengths = np.array([len(x) for x in ids])
   times = 1 + (device.MOST_AGAIN if again else 0)
   budget = each["max_new_tokens"] + times * np.array([len(f) for f in forced])
-  over = np.flatnonzero(lengths + budget > config.max_positions)
+  rooms = np.array([config.longest_sample(int(n)) for n in lengths])
+  over = np.flatnonzero(lengths + budget > rooms)
   if over.size:
     i = int(over[0])
+    limit = f"the model has {config.max_positions} positions"
+    if rooms[i] < config.max_positions:
+      limit = (
+        f"beyond {rooms[i]} tokens its {config.rope_scaling.kind!r} rotary scaling "
+        "rotates the whole text otherwise, which would make log-probs of the tokens "
+        "before untrue"
+      )
     raise DataError(
-      f"prompt {i} has {lengths[i]} tokens and may get {budget[i]} more, but the model "
-      f"has {config.max_positions} positions; shorten it or lower max_new_tokens"
+      f"prompt {i} has {lengths[i]} tokens and may get {budget[i]} more, but {limit}; "
+      "shorten it or lower max_new_tokens"
     )
 
   stops = [stop] if isinstance(stop, str) else stop

@@ -122,13 +122,14 @@ def usable(
   Raises:
     DataError: none is left.
   """
-  room = policy.config.max_positions - max_new_tokens
+  fits = lambda n: 0 < n <= policy.config.longest_sample(n) - max_new_tokens
   prompts = encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat)
-  kept = [e for e, ids in zip(examples, prompts) if 0 < len(ids) <= room]
+  kept = [e for e, ids in zip(examples, prompts) if fits(len(ids))]
+  room = max(0, policy.config.longest_sample(1) - max_new_tokens)
   what = (
-    f"of {len(examples)} training prompts are empty or longer than the {max(0, room)} "
+    f"of {len(examples)} training prompts are empty or longer than the {room} "
     f"tokens that max_new_tokens={max_new_tokens} leaves of the model's "
-    f"{policy.config.max_positions} positions"
+    f"{policy.config.longest_sample(1)} positions"
   )
   if not kept:
     raise DataError(f"all {what}")

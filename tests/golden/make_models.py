@@ -50,6 +50,24 @@ _LLAMA3 = {
   # With heads of 8: one frequency is kept, one blended, two are stretched.
   "original_max_position_embeddings": 32,
 }
+_YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 100.0,
+  "factor": 4.0,
+  # With heads of 8: one frequency is kept, two are blended, one is stretched.
+  "original_max_position_embeddings": 16,
+  "beta_fast": 2.0,
+  "beta_slow": 0.1,
+}
+# Rows of 24 and 17 tokens lie beyond the original context, one of 9 within.
+_LONGROPE = {
+  "rope_type": "longrope",
+  "rope_theta": 100.0,
+  "short_factor": [1.0, 1.2, 1.5],
+  "long_factor": [1.5, 3.0, 9.0],
+  "original_max_position_embeddings": 12,
+}
+_DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 100.0}
 _GEMMA = {"head_dim": 12, "hidden_activation": "gelu_pytorch_tanh"}
 _NEOX = {
   "vocab_size": 72,
@@ -100,6 +118,19 @@ MODELS = {
     max_window_layers=3,
     rope_parameters=_rope(1e6),
   ),
+  "qwen2_yarn": lambda: tf.Qwen2Config(
+    **(_GQA | {"max_position_embeddings": 64}), rope_parameters=dict(_YARN)
+  ),
+  "llama_dynamic": lambda: tf.LlamaConfig(
+    **(_GQA | {"max_position_embeddings": 12}), rope_parameters=dict(_DYNAMIC)
+  ),
+  "phi3_longrope": lambda: tf.Phi3Config(
+    **(_GQA | {"max_position_embeddings": 64}),
+    original_max_position_embeddings=12,
+    rope_parameters=dict(_LONGROPE, partial_rotary_factor=0.75),
+    sliding_window=20,
+    tie_word_embeddings=True,
+  ),
   "qwen3": lambda: tf.Qwen3Config(
     **_GQA, head_dim=12, rope_parameters=_rope(1e6), tie_word_embeddings=False
   ),
@@ -141,9 +172,10 @@ MODELS = {
     **_NEOX, use_parallel_residual=True, rope_parameters=_rope(1e4)
   ),
   "gpt_neox_serial": lambda: tf.GPTNeoXConfig(
-    **_NEOX,
+    **(_NEOX | {"hidden_act": "gelu_fast"}),
     use_parallel_residual=False,
-    rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
+    # 3 of 8 features, which are rotated in pairs: 4.
+    rope_parameters=_rope(1e4, partial_rotary_factor=0.4),
   ),
   "opt": lambda: tf.OPTConfig(**_OPT, do_layer_norm_before=True),
   "opt_350m": lambda: tf.OPTConfig(
@@ -187,8 +219,17 @@ def batches(vocab_size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def token_logp(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Each row alone: else the longest one's rotation would be that of all rows."""
+  return np.concatenate(
+    [_token_logp(model, tokens[b : b + 1], mask[b : b + 1]) for b in range(len(mask))]
+  )
+
+
+def _token_logp(model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
   positions = np.maximum(np.cumsum(mask, -1) - 1, 0)
   with torch.no_grad():
+    # A short text first: "dynamic" goes on with the rotation of a longer one else.
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long), use_cache=False)
     logits = model(
       input_ids=torch.tensor(tokens, dtype=torch.long),
       attention_mask=torch.tensor(mask, dtype=torch.long),

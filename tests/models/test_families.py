@@ -15,6 +15,7 @@ import pytest
 from rlft.core.errors import CheckpointError, ConfigError
 from rlft.models import decoder, families, heads, hub, tensorfile
 from rlft.models.decoder import DecoderConfig, RopeScaling
+from rlft.models.families import table
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -106,6 +107,11 @@ def test_the_number_of_pads_changes_nothing():
     ("mistral", {"windows": ()}),
     ("mistral", {"windows": (7, 6)}),
     ("qwen2_window", {"windows": (0, 0, 5, 0)}),
+    ("qwen2_yarn", {"rope_scaling": None}),
+    ("llama_dynamic", {"rope_scaling": None}),
+    ("phi3_longrope", {"rope_scaling": None}),
+    ("phi3_longrope", {"rope_fraction": 1.0, "rope_scaling": None}),
+    ("phi3_longrope", {"windows": ()}),
     ("qwen3", {"qk_norm": False}),
     ("gemma", {"embed_scale": 5.6}),
     ("gemma", {"norm_offset": 0.99}),
@@ -285,6 +291,28 @@ _GPT2 = {
   "n_positions": 1024,
   "vocab_size": 50257,
 }
+_PHI3 = {
+  "architectures": ["Phi3ForCausalLM"],
+  "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+  "hidden_act": "silu",
+  "hidden_size": 3072,
+  "intermediate_size": 8192,
+  "max_position_embeddings": 131072,
+  "model_type": "phi3",
+  "num_attention_heads": 32,
+  "num_hidden_layers": 32,
+  "num_key_value_heads": 32,
+  "original_max_position_embeddings": 4096,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": {
+    "long_factor": [2.0] * 48,
+    "short_factor": [1.0] * 48,
+    "type": "su",
+  },
+  "rope_theta": 10000.0,
+  "sliding_window": 262144,
+  "vocab_size": 32064,
+}
 _PYTHIA = {
   "architectures": ["GPTNeoXForCausalLM"],
   "hidden_act": "gelu",
@@ -341,6 +369,21 @@ _PYTHIA = {
       },
     ),
     (_GPT2, {"mlp_width": 3072, "head_dim": 64, "tie_embeddings": True}),
+    (
+      _PHI3,
+      {
+        "max_positions": 131072,
+        "rope_scaling": RopeScaling(
+          "longrope",
+          32.0,
+          original_positions=4096,
+          attention_factor=1.1902380714238083,  # of the published code
+          short_factors=(1.0,) * 48,
+          long_factors=(2.0,) * 48,
+        ),
+        "windows": (262144,) * 32,
+      },
+    ),
     (_PYTHIA, {"rope_fraction": 0.25, "parallel_residual": True, "qkv_bias": True}),
   ],
 )
@@ -375,8 +418,10 @@ def test_checkpoints_of_the_bare_trunk_have_no_prefix(tmp_path):
     ({"architectures": None, "model_type": "t5"}, "'t5'.*not supported"),
     ({"auto_map": {"AutoModel": "x.py"}}, "auto_map.*rlft never runs it"),
     ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "'yarn' is not supported"),
+    ({"rope_scaling": {"rope_type": "mrope"}}, "'mrope' is not supported"),
     ({"hidden_act": "mish"}, "'mish' is not supported"),
+    ({"hidden_act": "quick_gelu"}, "'quick_gelu' is not supported"),
+    ({"hidden_act": ["silu"]}, r"\['silu'\] is not supported"),
     ({"hidden_size": None}, "'hidden_size' is None"),
     ({"hidden_size": "2048"}, "'hidden_size' is '2048'"),
     ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
@@ -387,6 +432,12 @@ def test_configs_that_we_do_not_compute_are_refused(change, message):
   hf = _LLAMA32 | change
   with pytest.raises(CheckpointError, match=message):
     families.resolve(hf).from_hf(hf)
+
+
+def test_the_tanh_approximation_has_many_names():
+  names = ("new", "fast", "accurate", "python_tanh", "pytorch_tanh")
+  assert {table.activation(f"gelu_{name}") for name in names} == {"gelu_tanh"}
+  assert table.activation("gelu_python") == table.activation("gelu") == "gelu"
 
 
 def test_layer_types_must_fit():

@@ -15,6 +15,7 @@ from rlft.models.families.llama import LLAMA
 from rlft.models.families.mistral import MISTRAL
 from rlft.models.families.neox import NEOX
 from rlft.models.families.opt import OPT
+from rlft.models.families.phi import PHI3
 from rlft.models.families.qwen import QWEN2, QWEN3
 from rlft.models.families.table import Family, Weight
 
@@ -31,6 +32,7 @@ FAMILIES = (
   GPT2,
   NEOX,
   OPT,
+  PHI3,
 )
 
 
@@ -43,19 +45,20 @@ def resolve(hf: dict[str, Any]) -> Family:
   Raises:
     CheckpointError: it names none, one that is not supported, or remote code.
   """
-  if hf.get("auto_map"):
-    raise CheckpointError(
-      f"config.json has an 'auto_map' ({sorted(hf['auto_map'])}): the model wants to "
-      "run Python code that comes with the checkpoint. rlft never runs it. If the "
-      "weights are those of a supported architecture, remove 'auto_map' and name it "
-      "in 'architectures'"
-    )
   if hf.get("quantization_config"):
     raise CheckpointError(
       "config.json has a 'quantization_config': quantised weights cannot be trained; "
       "use the unquantised checkpoint, or a GGUF file, which is dequantised on loading"
     )
   architectures = hf.get("architectures") or []
+  # Published Phi-3 still names the code that transformers has had since as its own.
+  if hf.get("auto_map") and architectures != [PHI3.architecture]:
+    raise CheckpointError(
+      f"config.json has an 'auto_map' ({sorted(hf['auto_map'])}): the model wants to "
+      "run Python code that comes with the checkpoint. rlft never runs it. If the "
+      "weights are those of a supported architecture, remove 'auto_map' and name it "
+      "in 'architectures'"
+    )
   for family in FAMILIES:
     if family.architecture in architectures:
       return family

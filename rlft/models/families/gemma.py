@@ -96,19 +96,33 @@ def _gemma2_from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
   _known_activation(hf.get("hidden_activation"))
-  parameters = hf.get("rope_parameters") or {
-    "full_attention": hf.get("rope_scaling") or {},
-    "sliding_attention": {"rope_theta": hf.get("rope_local_base_freq", 1e4)},
-  }
+  parameters = hf.get("rope_parameters") or {}
+  if not isinstance(parameters, dict):
+    raise CheckpointError(f"config.json: 'rope_parameters' is {parameters!r}")
+  if not parameters.keys() & {
+    "full_attention",
+    "sliding_attention",
+  }:  # before version 5
+    near_base = table.positive(hf, "rope_local_base_freq", 1e4)
+    parameters = {
+      "full_attention": table.rope_parameters(hf),
+      "sliding_attention": {"rope_theta": near_base},
+    }
+  near, far = (
+    table.rope_parameters({"rope_parameters": parameters.get(kind)})
+    for kind in ("sliding_attention", "full_attention")
+  )
+  dim = table.size(hf, "head_dim", 256)
   near_hf = {k: v for k, v in hf.items() if k != "rope_theta"}
-  near, near_scaling = table.rope(near_hf, parameters.get("sliding_attention") or {})
+  near, near_scaling = table.rope(near_hf, dim, near)
   if near_scaling is not None:
     raise CheckpointError("config.json: Gemma 3's local layers take no rotary scaling")
-  far = table.rope(hf, parameters.get("full_attention") or {}, theta=1e6)
+  far = table.rope(hf, dim, far, theta=1e6)
   pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
   local = [(i + 1) % pattern != 0 for i in range(table.size(hf, "num_hidden_layers"))]
+  shared = {k: v for k, v in hf.items() if k not in ("rope_parameters", "rope_scaling")}
   return DecoderConfig(
-    **_settings(hf, rope=far, windows=table.windows(hf, local, _window(hf))),
+    **_settings(shared, rope=far, windows=table.windows(hf, local, _window(hf))),
     norm_placement="sandwich",
     qk_norm=True,
     attention_scale=_scale(hf),

@@ -7,6 +7,7 @@ from typing import Any
 from rlft.models.decoder import DecoderConfig
 from rlft.models.families import table
 from rlft.models.families.table import Family, Weight, linear, norm
+from rlft.models.rope import rotary_size
 
 _LAYER = "model.layers.{}"
 TRUNK = (
@@ -27,25 +28,35 @@ TRUNK = (
 WEIGHTS = (*TRUNK, *norm("layers/mlp_norm", f"{_LAYER}.post_attention_layernorm"))
 
 
-def settings(hf: dict[str, Any], **other: Any) -> dict[str, Any]:
-  """What Llama, Mistral, Qwen and Gemma read in the same way; `other` wins."""
+def settings(hf: dict[str, Any], partial: bool = False, **other: Any) -> dict[str, Any]:
+  """What Llama, Mistral, Qwen, Gemma and Phi read in the same way; `other` wins.
+
+  `partial` says whether a share of each head may stay without rotation.
+  """
   table.refuse(hf, use_bidirectional_attention=False)
-  for rotary in (hf, hf.get("rope_parameters") or {}):
-    table.refuse(rotary, partial_rotary_factor=1.0)
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
-  theta, scaling = other.pop("rope", None) or table.rope(hf)
+  head_dim = table.size(hf, "head_dim", width // heads)
+  fraction = table.rotary_share(hf, head_dim, "partial_rotary_factor", 1.0)
+  if fraction != 1.0 and not partial:
+    table.refuse(
+      {"model_type": hf.get("model_type"), "partial_rotary_factor": fraction},
+      partial_rotary_factor=1.0,
+    )
+  dim = rotary_size(head_dim, fraction)
+  theta, scaling = other.pop("rope", None) or table.rope(hf, dim)
   shared = {
     "vocab_size": table.size(hf, "vocab_size"),
     "width": width,
     "layers": table.size(hf, "num_hidden_layers"),
     "heads": heads,
     "kv_heads": table.size(hf, "num_key_value_heads", heads),
-    "head_dim": table.size(hf, "head_dim", width // heads),
+    "head_dim": head_dim,
     "mlp_width": table.size(hf, "intermediate_size"),
-    "max_positions": table.size(hf, "max_position_embeddings", 2048),
+    "max_positions": table.max_positions(hf, scaling),
     "norm_eps": table.number(hf, "rms_norm_eps", 1e-6),
     "activation": table.activation(hf.get("hidden_act") or "silu"),
     "rope_theta": theta,
+    "rope_fraction": fraction,
     "rope_scaling": scaling,
     "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
   }

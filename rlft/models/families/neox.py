@@ -7,6 +7,7 @@ from typing import Any
 from rlft.models.decoder import DecoderConfig
 from rlft.models.families import table
 from rlft.models.families.table import Family, Weight, linear, norm
+from rlft.models.rope import rotary_size
 
 _LAYER = "gpt_neox.layers.{}"
 
@@ -39,11 +40,9 @@ _WEIGHTS = (
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
   bias = bool(hf.get("attention_bias", True))
-  theta, scaling = table.rope(hf, theta=table.number(hf, "rotary_emb_base", 1e4))
-  parameters = hf.get("rope_parameters") or {}
-  fraction = table.number(
-    parameters, "partial_rotary_factor", table.number(hf, "rotary_pct", 0.25)
-  )
+  fraction = table.rotary_share(hf, width // heads, "rotary_pct", 0.25)
+  base = table.positive(hf, "rotary_emb_base", 1e4)
+  theta, scaling = table.rope(hf, rotary_size(width // heads, fraction), theta=base)
   return DecoderConfig(
     vocab_size=table.size(hf, "vocab_size"),
     width=width,
@@ -52,7 +51,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     kv_heads=heads,
     head_dim=width // heads,
     mlp_width=table.size(hf, "intermediate_size"),
-    max_positions=table.size(hf, "max_position_embeddings", 2048),
+    max_positions=table.max_positions(hf, scaling),
     norm="layer",
     norm_eps=table.number(hf, "layer_norm_eps", 1e-5),
     parallel_residual=bool(hf.get("use_parallel_residual", True)),
