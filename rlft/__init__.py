@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from rlft.core.compiled import keep_compiled
   from rlft.core.types import Example, Rollout
   from rlft.models.hub import Policy, load, save
   from rlft.sampling.generate import generate
@@ -21,13 +22,23 @@ if TYPE_CHECKING:
 
   __version__: str
 
-__all__ = ["Example", "Policy", "Rollout", "generate", "load", "save", "score"]
+__all__ = [
+  "Example",
+  "Policy",
+  "Rollout",
+  "generate",
+  "keep_compiled",
+  "load",
+  "save",
+  "score",
+]
 
 _HOME = {
   "Example": "rlft.core.types",
   "Policy": "rlft.models.hub",
   "Rollout": "rlft.core.types",
   "generate": "rlft.sampling.generate",
+  "keep_compiled": "rlft.core.compiled",
   "load": "rlft.models.hub",
   "save": "rlft.models.hub",
   "score": "rlft.sampling.score",

@@ -16,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 # of compiled programs ask for `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+# What one test compiled, the next must compile too; and the user's cache is the user's.
+os.environ["RLFT_COMPILATION_CACHE"] = "off"
+
 import pytest  # noqa: E402
 
 _BESIDE = Path(__file__).parents[2] / "shared" / "data"

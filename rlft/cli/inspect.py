@@ -107,8 +107,11 @@ def _compiles(lines: list[dict[str, Any]]) -> None:
   for line in lines:
     programs.setdefault(line["program"], []).append(line)
   seconds = lambda name: sum(line["seconds"] for line in programs[name])
+  hits = sum(line.get("cache") == "hit" for line in lines)
+  loaded = f"; {hits} of them loaded from the cache" if hits else ""
   show.table(
-    f"compiled: {len(lines)} times, {sum(map(seconds, programs)):,.1f} s in all",
+    f"compiled: {len(lines)} times, {sum(map(seconds, programs)):,.1f} s in all"
+    f"{loaded}",
     ["program", "times", "seconds", "last arguments of the last time"],
     [
       [name, len(programs[name]), seconds(name), _short(programs[name][-1]["last"])]

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.core import platform
+from rlft.core.compiled import keep_compiled
 from rlft.core.errors import ConfigError, RlftError, StoppedError
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: launchers start such a run again
@@ -122,6 +123,8 @@ def _dispatch(argv: list[str]) -> int:
   platform.choose()  # before the command's module imports jax
   platform.join()
   command = importlib.import_module(f"rlft.cli.{name.replace('-', '_')}")
+  if getattr(command, "KEEP_COMPILED", True) and "jax" in sys.modules:
+    keep_compiled()
   if not _alone():
     _check_hosts(name, command)
   return command.run(parse(name, command, argv[1:], overrides))

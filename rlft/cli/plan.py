@@ -22,6 +22,7 @@ from rlft.cli import config as configs
 from rlft.core.errors import ConfigError
 
 SUMMARY = "does a run fit a TPU pod, and what bounds it; compiled without a TPU"
+KEEP_COMPILED = False  # a plan keeps its own, see `--cache`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

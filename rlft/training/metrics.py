@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -202,6 +203,7 @@ def phase_of(error: BaseException) -> str | None:
 
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
+_HIT = "/jax/compilation_cache/cache_hits"
 
 
 @functools.cache
@@ -303,8 +305,13 @@ def goodput(seconds: Mapping[str, float]) -> str:
 @contextlib.contextmanager
 def compiles_logged(path: Path) -> Iterator[None]:
   """Writes a line of JSON for every program that XLA compiles: when, which, how long,
-  and the shapes that came last among its arguments, where a batch is."""
+  the shapes that came last among its arguments, where a batch is, and "cache": "hit"
+  if it was loaded instead, "miss" if it was not there, "off" without a cache."""
   shapes: dict[str, Any] = {}
+  hits = threading.local()  # jax says so just before, in the same thread
+
+  def on_hit(event: str, **_: Any) -> None:
+    hits.hit = getattr(hits, "hit", False) or event == _HIT
 
   def note(record: logging.LogRecord) -> bool:
     if record.msg.startswith("Compiling %s with global shapes") and record.args:
@@ -315,10 +322,13 @@ def compiles_logged(path: Path) -> Iterator[None]:
     if event != COMPILED:
       return
     args = shapes.pop("args", [])
+    hit, hits.hit = getattr(hits, "hit", False), False
+    missed = "miss" if jax.config.jax_compilation_cache_dir else "off"
     line = {
       "time": round(time.time(), 3),
       "program": str(details.get("fun_name", "")),
       "seconds": round(seconds, 3),
+      "cache": "hit" if hit else missed,
       "arguments": len(args),
       "last": args[-12:],
     }
@@ -331,9 +341,11 @@ def compiles_logged(path: Path) -> Iterator[None]:
   logger.setLevel(logging.DEBUG)
   logger.addFilter(note)
   jax.monitoring.register_event_duration_secs_listener(on_event)
+  jax.monitoring.register_event_listener(on_hit)
   try:
     yield
   finally:
+    jax.monitoring.unregister_event_listener(on_hit)
     jax.monitoring.unregister_event_duration_listener(on_event)
     logger.removeFilter(note)
     logger.setLevel(level)

@@ -21,7 +21,8 @@ def workdir(tmp_path):
     for step in (2, 3):
       checkpoints.save(step, {"w": np.arange(4096.0) * step})
   line = '{"program": "jit(step)", "seconds": %s, "last": ["int32[8,%s]"]}\n'
-  lines = [line % (2.5, 16), line % (4.0, 32), '{"torn']
+  loaded = '{"program": "jit(init)", "seconds": 0, "cache": "hit", "last": []}\n'
+  lines = [line % (2.5, 16), line % (4.0, 32), loaded, '{"torn']
   (tmp_path / "compiles.jsonl").write_text("".join(lines))
   (tmp_path / "after").mkdir()
   (tmp_path / "after" / "transcripts_test.txt").write_text("How many?\n#### 4\n")
@@ -35,7 +36,8 @@ def test_a_sound_run(workdir, capsys):
   assert said.count("whole") == 2
   assert "3 lines" in said and "0.750" in said and "3.0e-05" in said
   assert "goodput 90.0% of 30 s: rollout 60.0%, update 30.0%" in said
-  assert "2 times, 6.5 s" in said and "jit(step)" in said and "int32[8,32]" in said
+  assert "3 times, 6.5 s in all; 1 of them loaded from the cache" in said
+  assert "jit(init)" in said and "jit(step)" in said and "int32[8,32]" in said
   assert "#### 4" in said and "last writer: pid" in said
   assert sorted((p, p.stat().st_mtime_ns) for p in workdir.rglob("*")) == before
 

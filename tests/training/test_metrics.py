@@ -233,3 +233,45 @@ def test_tensorboard_forgets_what_is_written_again(tmp_path):
   kinds = [(event.step, event.HasField("summary")) for event in seen[1:]]
   assert kinds == [(1, True), (2, True), (3, True), (2, False), (2, True)]
   assert seen[4].session_log.status == SessionLog.START
+
+
+@pytest.fixture
+def kept(tmp_path):
+  """This process keeps what it compiles, until the test ends."""
+  from jax._src import compilation_cache
+
+  from rlft.core import compiled
+
+  names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+  before = {name: getattr(jax.config, name) for name in names}
+  opener = compilation_cache.get_file_cache
+  environ = {compiled.VARIABLE: str(tmp_path / "kept")}
+  assert compiled.keep_compiled(environ=environ) == tmp_path / "kept"
+  assert compiled.keep_compiled(environ=environ) is None, "jax has one already"
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.get_file_cache = opener
+  compilation_cache.reset_cache()
+
+
+def test_the_log_tells_programs_that_were_loaded(tmp_path, kept):
+  """And a donated step that was loaded gives the bits of one that was compiled."""
+
+  def train():
+    step = jax.jit(lambda w, x: w - 0.1 * jnp.tanh(x @ w).T @ x, donate_argnums=0)
+    w, x = np.random.default_rng(0).normal(size=(2, 32, 32)).astype(np.float32)
+    w, x = jnp.array(w), jnp.array(x)
+    for _ in range(3):
+      given, w = w, step(w, x)
+    return np.asarray(w).tobytes(), given.is_deleted()
+
+  found = []
+  for name in ("first", "second"):
+    jax.clear_caches()
+    with metrics.compiles_logged(tmp_path / name):
+      found.append(train())
+    lines = metrics.read_lines(tmp_path / name)
+    found.append([one["cache"] for one in lines if "lambda" in one["program"]])
+  assert found == [found[0], ["miss"], found[0], ["hit"]]
+  assert found[0][1], "donated"
