@@ -6,7 +6,8 @@
 Each process gets RLFT_COORDINATOR, RLFT_NUM_PROCESSES and RLFT_PROCESS_ID; its output
 is shown behind its number. --devices gives each that many virtual CPU devices; without
 it they see the machine's own. When one process fails the others are ended, and its exit
-code is ours. SIGTERM and Ctrl-C are passed on, so that rlft saves; 75 means "saved".
+code is ours. SIGTERM and Ctrl-C are passed on, so that rlft saves and ends with 75 or
+130; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-PREEMPTED = 75
+PREEMPTED, INTERRUPTED = 75, 130  # the exit codes of rlft that mean "saved"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -131,10 +132,13 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
       return
     say(f"{signal.Signals(number).name} is passed on to all processes")
     deadline = min(deadline, time.monotonic() + save)
+    if number == signal.SIGINT:
+      saved.append(INTERRUPTED)
     send(number)
 
   before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
   result, ended, failed = 0, set[int](), False
+  saved = [PREEMPTED]
   try:
     for number, line in enumerate(lines):
       # A session of its own: Ctrl-C in the terminal must reach it once, through us.
@@ -156,8 +160,8 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
         if code == 0 or failed:
           continue  # victims of the first failure are no news
         say(f"process {number} (pid {process.pid}) exited with {code}")
-        if code == PREEMPTED:
-          result = PREEMPTED
+        if code in saved:
+          result = code
           deadline = min(deadline, time.monotonic() + save)
           continue
         result, failed = code, True

@@ -24,11 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlft.cli import interrupts
 from rlft.core import platform
 from rlft.core.compiled import keep_compiled
 from rlft.core.errors import ConfigError, RlftError, StoppedError
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: launchers start such a run again
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it: nobody starts it again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code: the command's own; 2 for a mistake that rlft can name, which is then
     one line on stderr (set RLFT_TRACEBACK=1 for the traceback); 1 where a device is out
     of memory; 75 for a run that was asked to stop and has saved its state; 130 after
-    Ctrl-C.
+    Ctrl-C, which saves in the same way.
   """
   try:
     try:
@@ -71,12 +73,13 @@ def _nobody_reads() -> bool:
 
 def _run(argv: list[str]) -> int:
   try:
-    return _dispatch(argv)
+    with interrupts.listening():
+      return _dispatch(argv)
   except BrokenPipeError:
     raise
   except StoppedError as error:
     print("rlft:", error, file=sys.stderr)
-    return EXIT_STOPPED
+    return EXIT_INTERRUPTED if error.interrupted else EXIT_STOPPED
   except RlftError as error:
     if os.environ.get("RLFT_TRACEBACK") == "1":
       if _alone():
@@ -84,9 +87,9 @@ def _run(argv: list[str]) -> int:
       traceback.print_exc()
     print("rlft: error:", " ".join(str(error).split()), file=sys.stderr)
     return _leave(2)
-  except KeyboardInterrupt:
-    print("rlft: interrupted", file=sys.stderr)
-    return _leave(130)
+  except KeyboardInterrupt as error:
+    print("rlft:", *error.args or ["interrupted"], file=sys.stderr)
+    return _leave(EXIT_INTERRUPTED)
   except Exception as error:
     if _out_of_memory(error) and os.environ.get("RLFT_TRACEBACK") != "1":
       from rlft.cli import memory
@@ -127,7 +130,12 @@ def _dispatch(argv: list[str]) -> int:
     keep_compiled()
   if not _alone():
     _check_hosts(name, command)
-  return command.run(parse(name, command, argv[1:], overrides))
+  args = parse(name, command, argv[1:], overrides)
+  try:
+    return command.run(args)
+  except KeyboardInterrupt:
+    workdir = getattr(args, "workdir", None)
+    raise KeyboardInterrupt(interrupts.kept(workdir and Path(workdir))) from None
 
 
 def parse(

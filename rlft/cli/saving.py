@@ -1,8 +1,9 @@
-"""A work directory goes on from its checkpoints, and SIGTERM saves before it ends.
+"""A work directory goes on from its checkpoints; SIGTERM and Ctrl-C save and then end.
 
 The first SIGTERM (a spot machine that is taken away, `kill`, a scheduler) lets the
 iteration or update end, saves it and ends the command with exit code 75, which
-launchers take for "start it again". A second one ends it at once.
+launchers take for "start it again"; after Ctrl-C it is 130. A second one ends it at
+once.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import jax
 import numpy as np
 
 from rlft.cli import config as configs
+from rlft.cli.interrupts import Stopping
 from rlft.core import hosts, watchdog
 from rlft.core.errors import ConfigError, DivergenceError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
@@ -75,7 +74,7 @@ def saving(
   unit: str = "iteration",
   within: Saving | None = None,
 ) -> Iterator[Saving]:
-  """The `Saving` of a command's run; takes the directory's lock and owns SIGTERM.
+  """The `Saving` of a command's run; takes the directory's lock and both signals.
 
   Args:
     workdir: of the run.
@@ -98,6 +97,7 @@ def saving(
       print(f"  changed setting {name}: {old} -> {new}")
 
   keep = config.checkpoint
+  stop = Stopping(unit, not hosts.several()) if within is None else within.stop
   with (
     _watched(keep.step_deadline if within is None else 0),
     Checkpointer(
@@ -107,7 +107,7 @@ def saving(
       identity={"algorithm": algorithm, "model": settings["model"]},
       config=settings,
     ) as checkpoints,
-    _asked_to_stop() if within is None else nullcontext(within.stop) as stop,
+    stop.handling() if within is None else nullcontext(),
     _batch_kept(workdir),
     compiles_logged(workdir / COMPILES)
     if within is None and hosts.first()
@@ -118,6 +118,7 @@ def saving(
       every=keep.every,
       strict=keep.strict_resume,
       stop=stop,
+      on_begin=stop.begin,
       on_restore=on_restore,
     )
 
@@ -143,21 +144,3 @@ def _batch_kept(workdir: Path) -> Iterator[None]:
 def _watched(deadline: float) -> contextlib.AbstractContextManager[None]:
   who = f"rlft: process {jax.process_index()} of {jax.process_count()}"
   return watchdog.watching(deadline if hosts.several() else 0, who)
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Whether a first SIGTERM has come; the second one ends the process."""
-  asked = threading.Event()
-
-  def on_signal(number: int, frame: Any) -> None:
-    if asked.is_set():
-      os._exit(128 + number)  # whatever hangs, hangs on purpose of nobody
-    asked.set()
-    os.write(2, b"\nrlft: asked to stop: saving, then ending\n")
-
-  before = signal.signal(signal.SIGTERM, on_signal)
-  try:
-    yield asked.is_set
-  finally:
-    signal.signal(signal.SIGTERM, before)

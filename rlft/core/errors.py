@@ -30,7 +30,13 @@ class RewardError(RlftError):
 
 
 class StoppedError(RlftError):
-  """The run was asked to stop, and has saved its state: run it again to go on."""
+  """The run was asked to stop, and has saved its state: run it again to go on.
+
+  Attributes:
+    interrupted: whether a person asked, by Ctrl-C, and not a machine, by SIGTERM.
+  """
+
+  interrupted = False
 
 
 class DivergenceError(RlftError):

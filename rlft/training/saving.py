@@ -21,6 +21,7 @@ class Saving:
       one is always saved.
     strict: whether a damaged checkpoint is an error, see `Checkpointer.restore`.
     stop: whether the run should save and end now; of any process of the run.
+    on_begin: called when the run begins: from then on it asks `stop`.
     on_restore: gets the checkpoint that the run goes on from.
   """
 
@@ -28,6 +29,7 @@ class Saving:
   every: int = 10
   strict: bool = False
   stop: Callable[[], bool] = lambda: False
+  on_begin: Callable[[], None] = lambda: None
   on_restore: Callable[[Checkpoint], None] = lambda found: None
 
   def __post_init__(self):
@@ -36,6 +38,7 @@ class Saving:
 
   def restore(self, like: Any) -> Checkpoint | None:
     """The checkpoint to go on from; None at the start of a run."""
+    self.on_begin()
     found = self.checkpoints.restore(like, strict=self.strict)
     if found is not None:
       self.on_restore(found)

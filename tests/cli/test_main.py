@@ -59,7 +59,15 @@ def checkout(tmp_path_factory) -> Path:
   (root / "rlft" / "cli").mkdir(parents=True)
   shutil.copy(source / "__init__.py", root / "rlft")
   shutil.copytree(source / "core", root / "rlft" / "core")
-  for module in ("__init__", "main", "config", "fields", "overrides", "typed"):
+  for module in (
+    "__init__",
+    "main",
+    "config",
+    "fields",
+    "overrides",
+    "typed",
+    "interrupts",
+  ):
     name = f"{module}.py"
     shutil.copy(source / "cli" / name, root / "rlft" / "cli")
   for name, text in {"two_words": COMMAND, "other": OTHER, "bare": BARE}.items():
@@ -139,7 +147,8 @@ def test_tracebacks_on_request_and_for_bugs(checkout):
 
 def test_ctrl_c_is_130(checkout):
   done = run(checkout, "two-words", "--fail=ctrl-c")
-  assert (done.returncode, done.stderr) == (130, "rlft: interrupted\n")
+  said = "rlft: interrupted; there is no checkpoint in runs/planted to go on from\n"
+  assert (done.returncode, done.stderr) == (130, said)
 
 
 def test_help_imports_no_command(checkout):

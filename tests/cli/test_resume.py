@@ -130,6 +130,9 @@ def start(workdir, *more, command="grpo", signalled=None):
     stderr=subprocess.STDOUT,
     text=True,
     env=os.environ | {"XLA_FLAGS": ""},
+    start_new_session=True,
+    # A test in the background ignores Ctrl-C, and what it starts would too.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
   )
 
 
@@ -189,6 +192,27 @@ def test_sigterm_saves_and_ends_with_75(straight, tmp_path):
   assert 3 <= done < ITERATIONS
   code, said = finish(start(tmp_path))
   assert code == 0 and f"going on after iteration {done}" in said
+  same(straight, tmp_path)
+
+
+def test_ctrl_c_saves_too_and_a_second_one_ends_at_once(straight, tmp_path):
+  first = start(tmp_path)
+  until_lines(first, tmp_path, 1)
+  os.killpg(first.pid, signal.SIGINT)  # as a terminal does it
+  code, said = finish(first)
+  assert code == 130 and "the same command goes on from there" in said
+  assert "Traceback" not in said
+  done = lines(tmp_path)
+  second = start(tmp_path)
+  until_lines(second, tmp_path, min(done + 1, ITERATIONS))
+  os.killpg(second.pid, signal.SIGINT)
+  time.sleep(0.05)
+  os.killpg(second.pid, signal.SIGINT)
+  code, said = finish(second)
+  assert code == 130 and "ended at once" in said
+  assert "Traceback" not in said
+  code, said = finish(start(tmp_path))
+  assert code == 0
   same(straight, tmp_path)
 
 

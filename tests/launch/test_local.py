@@ -25,6 +25,9 @@ number = int(os.environ["RLFT_PROCESS_ID"])
 word = sys.argv[1 + number]
 if word == "save":
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+if word == "interrupted":  # saves for a moment, the later the higher its number
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+  signal.signal(signal.SIGINT, lambda *_: (time.sleep(number / 2), sys.exit(130)))
 if word == "deaf":
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -116,6 +119,15 @@ def test_all_that_saved_are_a_preemption(child):
   code, _, err = finish(process)
   assert code == 75
   assert err.count("exited with 75") == 2
+
+
+def test_all_that_saved_after_ctrl_c_are_an_interruption(child):
+  process = launch(child, "interrupted", "interrupted", options=("--grace=0.1",))
+  pids(process, 2)
+  process.send_signal(signal.SIGINT)
+  code, _, err = finish(process)
+  assert (code, err.count("exited with 130")) == (130, 2)
+  assert "killed" not in err and "the others are ended" not in err
 
 
 def test_one_that_saved_gives_the_others_time_to(child):
