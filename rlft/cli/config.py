@@ -54,6 +54,12 @@ def add_arguments(
     default=workdir,
     help="where results go (default: %(default)s)",
   )
+  if "checkpoint" in settings.__dataclass_fields__:
+    parser.add_argument(
+      "--allow_changed",
+      metavar="FIELD,...",
+      help="settings that may be others in a run that goes on (docs/resume.md)",
+    )
 
 
 def add_config(
@@ -82,7 +88,12 @@ def from_args(args: argparse.Namespace, cls: type[T]) -> T:
   config = load(args.config) if args.config else ml_collections.ConfigDict()
   _check_command(args.config, config, cls)
   apply_overrides(config, args.overrides, cls)
-  return to_dataclass(cls, config)
+  settings = to_dataclass(cls, config)
+  if not getattr(args, "allow_changed", None):
+    return settings
+  names = tuple(name.strip() for name in args.allow_changed.split(",") if name.strip())
+  keep = dataclasses.replace(settings.checkpoint, allow_changed=names)
+  return dataclasses.replace(settings, checkpoint=keep)
 
 
 def _check_command(spec: str | None, config: ConfigDict, cls: type) -> None:

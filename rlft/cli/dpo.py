@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     other = dataclasses.replace(config.model, path=config.reference, decoder=None)
     reference = runs.make_policy(other, config.mesh)
   dpo.check(policy, config.dpo, reference)
-  with saving(workdir, "dpo", config, "update") as keep:
+  models = {"model": policy, "reference": reference}
+  with saving(workdir, "dpo", config, "update", models=models) as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
       result = dpo.train(

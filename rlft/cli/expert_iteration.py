@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
   policy = runs.make_policy(config.model, config.mesh)
   base = runs.make_policy(config.base, config.mesh) if config.base else policy
   look = functools.partial(rl.look, config=config, workdir=workdir)
-  with saving(workdir, "expert-iteration", config, "half-round") as keep:
+  models = {"model": policy, "base": base if config.base else None}
+  name = "expert-iteration"
+  with saving(workdir, name, config, "half-round", models=models) as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as on_event:
       if config.sft_first is not None:

@@ -62,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
   train = runs.train_examples(config.task)
   dev = rl.dev_examples(config.task, config.dev_prompts)
   policy = runs.make_policy(config.model, config.mesh)
-  reward = rl.make_reward_of(config.reward, config.task, policy)
-  with saving(workdir, "grpo", config) as keep:
+  learned = rl.learned_model(config.reward, policy)
+  reward = rl.make_reward_of(config.reward, config.task, policy, learned)
+  models = {"model": policy, "reward": learned}
+  with saving(workdir, "grpo", config, models=models) as keep:
     configs.write_resolved(workdir, config)
     if not keep.checkpoints.steps():
       rl.look("before", policy, config, workdir)

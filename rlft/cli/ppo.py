@@ -74,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
   value = None
   if config.value:
     value = as_value(load_scalar(config.value, mesh=policy.model.mesh))
-  reward = rl.make_reward_of(config.reward, config.task, policy)
-  with saving(workdir, "ppo", config) as keep:
+  learned = rl.learned_model(config.reward, policy)
+  reward = rl.make_reward_of(config.reward, config.task, policy, learned)
+  models = {"model": policy, "value": value, "reward": learned}
+  with saving(workdir, "ppo", config, models=models) as keep:
     configs.write_resolved(workdir, config)
     if not keep.checkpoints.steps():
       rl.look("before", policy, config, workdir)

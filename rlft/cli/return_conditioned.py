@@ -27,7 +27,10 @@ from rlft.cli.progress import Events
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.cli.sft import evaluate_splits, train_first
 from rlft.core.errors import ConfigError
+from rlft.models.hub import Policy
+from rlft.models.scalar import ScalarModel, check_same_tokenizer, load_scalar
 from rlft.probes.evaluate import EvalConfig
+from rlft.rewards.learned import probability, row_values
 from rlft.sampling.generate import generate
 from rlft.training import metrics
 from rlft.training.metrics import MetricWriter
@@ -83,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
   rows, judge = runs.text_rows(train), runs.judge_of(config.task)
   policy = runs.make_policy(config.model, config.mesh)
   base = runs.make_policy(config.base, config.mesh) if config.base else None
-  orm = orm_of(config.orm, policy) if config.orm else None
+  scalar = orm_model(config.orm, policy) if config.orm else None
+  orm = scalar and (lambda ids: [probability(x) for x in row_values(scalar, ids)])
 
   def look(title: str, policy, sampler=generate) -> None:
     if not config.eval_prompts:
@@ -94,11 +98,13 @@ def run(args: argparse.Namespace) -> int:
       workdir / title.replace(" ", "_"), sampler,
     )  # fmt: skip
 
-  with saving(workdir, "return-conditioned", config, "update") as keep:
+  models = {"model": policy, "base": base, "orm": scalar}
+  name = "return-conditioned"
+  with saving(workdir, name, config, "update", models=models) as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
       place = workdir / "labelled"
-      with saving(place, "labelled", config, "sampling", within=keep) as labels:
+      with saving(place, "labelled", config, "sampling", keep, models) as labels:
         if config.sft_first is not None:
           policy = train_first(policy, rows, config, workdir, labels, events, look)
         elif not labels.checkpoints.steps():
@@ -142,16 +148,13 @@ def _without_repeats(
   return on_event
 
 
-def orm_of(path: str, policy) -> rc.ORM:
-  """An outcome model as the value of every prefix."""
-  from rlft.models.scalar import check_same_tokenizer, load_scalar
-  from rlft.rewards.learned import probability, row_values
-
+def orm_model(path: str, policy: Policy) -> ScalarModel:
+  """An outcome model, whose probabilities are the values of prefixes."""
   scalar = load_scalar(path, mesh=policy.model.mesh)
   if scalar.kind != "outcome":
     raise ConfigError(f"{path} is a model of kind {scalar.kind!r}; give an outcome one")
   check_same_tokenizer(policy, scalar)
-  return lambda rows: [probability(value) for value in row_values(scalar, rows)]
+  return scalar
 
 
 COLUMNS = {

@@ -118,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
   splits = read_pairs(config.preferences) if config.kind == "pairs" else {}
   policy = runs.make_policy(config.model, config.mesh)
   reward_model.check(policy, config.train)
-  with saving(workdir, f"reward-model {config.kind}", config, "update") as keep:
+  name, models = f"reward-model {config.kind}", {"model": policy}
+  with saving(workdir, name, config, "update", models=models) as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
       if config.kind == "pairs":

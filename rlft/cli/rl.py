@@ -62,6 +62,11 @@ def steps_of(task: runs.TaskConfig) -> Callable[[str], list[tuple[int, str]]]:
   return arithmetic.steps if task.name == "arithmetic" else gsm8k.steps
 
 
+def learned_model(choice: RewardChoice, policy: Policy) -> ScalarModel | None:
+  """The model of a learned reward, on the policy's mesh."""
+  return load_scalar(choice.model, mesh=policy.model.mesh) if choice.learned else None
+
+
 def make_reward_of(
   choice: RewardChoice,
   task: runs.TaskConfig,
@@ -78,7 +83,7 @@ def make_reward_of(
   """
   steps = steps_of(task)
   if choice.learned:
-    model = model or load_scalar(choice.model, mesh=policy.model.mesh)
+    model = model or learned_model(choice, policy)
     if choice.kind == "reward_model":
       return reward_model_reward(model, policy, choice.config)
     mode = "step" if choice.kind == "orm_dense" else "final"

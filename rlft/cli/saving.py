@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlft.cli import changes
 from rlft.cli import config as configs
 from rlft.cli.interrupts import Stopping
 from rlft.core import hosts, watchdog
 from rlft.core.errors import ConfigError, DivergenceError
 from rlft.training.checkpoint import Checkpoint, Checkpointer
+from rlft.training.fingerprint import fingerprint
 from rlft.training.metrics import COMPILES, compiles_logged
 from rlft.training.saving import Saving
 
@@ -42,6 +44,8 @@ class CheckpointConfig:
     step_deadline: seconds without any progress after which one of several processes
       ends itself, and shows where it stands; 0 is off, and one process alone is never
       ended. Longer than the longest compilation.
+    allow_changed: settings that may be others in a run that goes on, though they are
+      not among those that may (docs/resume.md); --allow_changed is short for it.
   """
 
   every: int = 10
@@ -49,6 +53,7 @@ class CheckpointConfig:
   keep_every: int = 0
   strict_resume: bool = False
   step_deadline: float = 3600.0
+  allow_changed: tuple[str, ...] = ()
 
   def __post_init__(self):  # before a model is loaded
     if min(self.every, self.keep_last, self.keep_every + 1) < 1:
@@ -73,25 +78,35 @@ def saving(
   config: Any,
   unit: str = "iteration",
   within: Saving | None = None,
+  models: Mapping[str, Any] | None = None,
 ) -> Iterator[Saving]:
   """The `Saving` of a command's run; takes the directory's lock and both signals.
+
+  A run that may not go on is refused here, before anything is written.
 
   Args:
     workdir: of the run.
     algorithm: its checkpoints are those of no other one.
-    config: of the command; has `checkpoint` and `model`.
+    config: of the command; has `checkpoint`.
     unit: what its steps are, for people.
     within: the run that this one is a stage of, with a directory of its own: a SIGTERM
       is then for both.
+    models: name -> policy or scalar model that the run starts from or is held against;
+      None is none. Their weights are compared, not where they lie.
 
   Raises:
-    CheckpointError: another process runs there, or it cannot be written.
+    CheckpointError: another process runs there, it cannot be written, or what is there
+      is another run's (see `changes`).
     DivergenceError: of the run, which names the file that its batch was written to.
   """
   settings = configs.redact(configs.dump(config))
+  settings[changes.WEIGHTS] = {
+    name: fingerprint(model.params) for name, model in (models or {}).items() if model
+  }
+  allowed = config.checkpoint.allow_changed
 
   def on_restore(found: Checkpoint) -> None:
-    changed = configs.diff(found.config, settings)
+    changed = changes.check(workdir, found.config, settings, allowed)
     print(f"{workdir}: going on after {unit} {found.step}")
     for name, (old, new) in changed.items():
       print(f"  changed setting {name}: {old} -> {new}")
@@ -104,7 +119,7 @@ def saving(
       workdir,
       keep_last=keep.keep_last,
       keep_every=keep.keep_every,
-      identity={"algorithm": algorithm, "model": settings["model"]},
+      identity={"algorithm": algorithm},
       config=settings,
     ) as checkpoints,
     stop.handling() if within is None else nullcontext(),
@@ -113,6 +128,9 @@ def saving(
     if within is None and hosts.first()
     else nullcontext(),
   ):
+    saved = checkpoints.newest_config()
+    if saved is not None:
+      changes.check(workdir, saved, settings, allowed)
     yield Saving(
       checkpoints,
       every=keep.every,

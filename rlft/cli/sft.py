@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
   workdir = Path(args.workdir)
   rows = runs.text_rows(runs.train_examples(config.task))
   policy = runs.make_policy(config.model, config.mesh)
-  with saving(workdir, "sft", config, "update") as keep:
+  with saving(workdir, "sft", config, "update", models={"model": policy}) as keep:
     configs.write_resolved(workdir, config)
     with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
       result = sft.train(policy, rows, config.sft, events.on_step, keep, events.timers)
@@ -100,7 +100,8 @@ def train_first(
     look: evaluates a policy under a title, before and after; not again in a run that
       goes on.
   """
-  with saving(workdir / "sft", "sft", config, "update", within=keep) as own:
+  models = {"model": policy}
+  with saving(workdir / "sft", "sft", config, "update", keep, models) as own:
     if not own.checkpoints.steps():
       look("before", policy)
     result = sft.train(

@@ -124,7 +124,15 @@ def as_value(reward: ScalarModel) -> ScalarModel:
 
   The normalisation goes into the head, so that the first values are in the units of the
   normalised rewards: kernel / std, (bias - mean) / std.
+
+  Raises:
+    ConfigError: an outcome model, whose values are logits: no expected rewards.
   """
+  if reward.kind == "outcome":
+    raise ConfigError(
+      "an outcome model's values are logits of being right, not rewards, and cannot "
+      "start a value model: give a reward model, or none"
+    )
   head = reward.params["head"]
   head = {
     "kernel": head["kernel"] / reward.std,

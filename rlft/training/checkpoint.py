@@ -104,7 +104,7 @@ class Checkpointer:
       keep_best: metric, and whether its largest or smallest value is the best: the best
         checkpoint (the first of equal ones) stays as well.
       identity: what must be equal for a checkpoint to be this run's: algorithm, model.
-      config: settings of the run, without secrets; they may change on resume.
+      config: settings of the run, without secrets; whoever resumes compares them.
       max_failures: how many saves in a row may fail before one raises.
       lock: False only reads: nothing is made, removed or saved.
 
@@ -332,6 +332,31 @@ class Checkpointer:
       raise Damaged(self._path(step), {FILE: problem})
     return manifest
 
+  def newest_config(self) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint whose manifest is whole; None of none.
+
+    Raises:
+      CheckpointError: it is another run's.
+    """
+    for step in reversed(self.steps()):
+      manifest, problem = by_first(functools.partial(self._manifest, step))
+      if not problem:
+        self._check_identity(manifest, self._path(step))
+        return manifest["config"]
+    return None
+
+  def _check_identity(self, manifest: Mapping[str, Any], path: Path) -> None:
+    if self._identity and manifest["identity"] != self._identity:
+      theirs, ours = manifest["identity"], self._identity
+      differ = {
+        name: f"{theirs.get(name)!r}, here {ours.get(name)!r}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+      }
+      raise CheckpointError(
+        f"{path} is of another run: {few(differ)}; choose another workdir"
+      )
+
   def verify(self, step: int) -> dict[str, str]:
     """Reads a checkpoint: what is wrong with it, by name of array or file."""
     self._settle()
@@ -384,16 +409,7 @@ class Checkpointer:
 
   def _read(self, step: int, like: Any) -> Checkpoint:
     path, manifest = self._path(step), self.manifest(step)
-    if self._identity and manifest["identity"] != self._identity:
-      theirs, ours = manifest["identity"], self._identity
-      differ = {
-        name: f"{theirs.get(name)!r}, here {ours.get(name)!r}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-      }
-      raise CheckpointError(
-        f"{path} is of another run: {few(differ)}; choose another workdir"
-      )
+    self._check_identity(manifest, path)
     saved = manifest["arrays"]
     if like is None:
       want = {

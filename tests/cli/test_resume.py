@@ -243,7 +243,12 @@ def test_changed_settings_are_named(tmp_path):
   until_lines(first, tmp_path, 2)
   first.send_signal(signal.SIGTERM)
   assert finish(first)[0] == 75
-  code, said = finish(start(tmp_path, "--config.grpo.max_new_tokens=16"))
+  other = "--config.grpo.max_new_tokens=16"
+  record = (tmp_path / "resolved_config.json").read_bytes()
+  code, said = finish(start(tmp_path, other))
+  assert code == 2 and "grpo.max_new_tokens: 24 there, 16 here" in said
+  assert (tmp_path / "resolved_config.json").read_bytes() == record
+  code, said = finish(start(tmp_path, other, "--allow_changed=grpo.max_new_tokens"))
   assert code == 0
   assert "changed setting grpo.max_new_tokens: 24 -> 16" in said
   assert json.loads((tmp_path / "resolved_config.json").read_text())["grpo"][
@@ -359,7 +364,7 @@ def test_settings_of_supervised_training_may_change_but_not_its_model(tmp_path):
   sizes |= {"head_dim": 16, "mlp_width": 64, "max_positions": 256}
   other = [f"--config.model.decoder.{name}={size}" for name, size in sizes.items()]
   code, said = finish(start(tmp_path, *other, command="sft"))
-  assert code == 2 and "is of another run: model" in said
+  assert code == 2 and "weights.model" in said
   lower = "--config.sft.optimizer.learning_rate=1e-5"
   code, said = finish(start(tmp_path, lower, command="sft"))
   assert code == 0
