@@ -98,7 +98,7 @@ def test_a_setting_that_a_later_release_has_is_no_change():
 
 GRPO = {
   "task.train": 4, "grpo.iterations": 1, "grpo.prompts_per_iteration": 2,
-  "grpo.samples_per_prompt": 2, "grpo.max_new_tokens": 4, "eval_prompts": 0,
+  "grpo.samples_per_prompt": 4, "grpo.max_new_tokens": 4, "eval_prompts": 0,
 }  # fmt: skip
 
 
