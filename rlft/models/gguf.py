@@ -1,4 +1,4 @@
-"""Read a GGUF file: its config, its tokenizer, and its weights one tensor at a time.
+"""Read a GGUF file: its config, and its weights one tensor at a time.
 
 The package `gguf` (extra `rlft[gguf]`) is needed only to dequantise weights.
 """
@@ -12,16 +12,15 @@ import mmap
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rlft.core.errors import CheckpointError
 from rlft.models.gguf_file import Cursor, Header, TensorInfo, open_gguf
+from rlft.models.gguf_tokenizer import read_ends, read_tokenizer
 
-if TYPE_CHECKING:
-  import tokenizers
-  import transformers
+__all__ = ["find_smollm2", "read_config", "read_ends", "read_tokenizer", "tensors"]
 
 # ------------------------------------------------------------------ config
 
@@ -138,31 +137,91 @@ def _short(value: float) -> float:
   return float(str(np.float32(value)))
 
 
+_DIVISORS = (
+  "rope_freqs.weight",
+  "rope_factors_short.weight",
+  "rope_factors_long.weight",
+)
+# Settings of "rope.scaling" beyond its kind -> Hugging Face's names.
+_SCALING = {
+  "factor": "factor",
+  "original_context_length": "original_max_position_embeddings",
+  "yarn_beta_fast": "beta_fast",
+  "yarn_beta_slow": "beta_slow",
+}
+# Others, and the values at which they do nothing; None: whatever it is.
+_NEUTRAL = {
+  "type": None,
+  "finetuned": None,
+  "attn_factor": 1.0,
+  "yarn_attn_factor": 1.0,
+  "yarn_ext_factor": 1.0,
+  "yarn_log_multiplier": 0.0,
+}
+
+
 def _rope_scaling(
   header: Header, prefix: str, head_dim: int, theta: float
 ) -> dict[str, Any] | None:
-  kind = header.get(f"{prefix}.rope.scaling.type", str, "none")
-  if kind == "linear":
-    factor = _short(header.require(f"{prefix}.rope.scaling.factor", float))
-    return {"rope_type": "linear", "factor": factor}
-  if kind != "none":
+  start = f"{prefix}.rope.scaling."
+  given = {k.removeprefix(start): k for k in header.values if k.startswith(start)}
+  found = {name: header.values[key] for name, key in given.items()}
+  if f"{prefix}.rope.scale_linear" in header.values:  # of the first files
+    found.setdefault("factor", header.values[f"{prefix}.rope.scale_linear"])
+  # llama.cpp takes a factor without a kind as a linear one.
+  kind = found.get("type", "linear" if found.get("factor") else "none")
+  shapes = {
+    name: header.infos[name].shape for name in _DIVISORS if name in header.infos
+  }
+  tensors_of = {"none": {_DIVISORS[0]}, "longrope": {*_DIVISORS[1:]}}
+  if kind not in ("none", "linear", "yarn", "longrope"):
     raise CheckpointError(
       f"{header.path}: rotary scaling {kind!r} is not supported in GGUF; supported: "
-      "none, linear, and llama3's `rope_freqs.weight`."
+      "none, linear, yarn, longrope, and llama3's `rope_freqs.weight`."
     )
-  info = header.infos.get("rope_freqs.weight")
-  if info is None:
-    return None
+  if shapes.keys() - tensors_of.get(kind, set()):
+    raise CheckpointError(
+      f"{header.path}: the tensors {sorted(shapes)} do not go with rotary scaling "
+      f"{kind!r}; load the model's safetensors instead."
+    )
+  if kind == "none":
+    return _llama3(header, head_dim, theta)
+  scaling: dict[str, Any] = {"rope_type": kind}
+  for name, value in found.items():
+    if name in _SCALING:
+      scaling[_SCALING[name]] = _short(value) if isinstance(value, float) else value
+    elif name == "attn_factor" and kind == "longrope":
+      scaling["attention_factor"] = _short(header.get(start + name, float))
+    elif name not in _NEUTRAL or _NEUTRAL[name] not in (None, value):
+      raise CheckpointError(
+        f"{header.path}: {start}{name} is {value!r}, which is not supported; load the "
+        "model's safetensors instead."
+      )
+  if kind == "longrope":
+    scaling.setdefault("attention_factor", 1.0)
+    for name, key in zip(_DIVISORS[1:], ("short_factor", "long_factor")):
+      scaling[key] = [_short(x) for x in _divisors(header, name, head_dim)]
+  return scaling
+
+
+def _divisors(header: Header, name: str, head_dim: int) -> np.ndarray:
+  info = header.infos.get(name, _ABSENT)
   if info.kind != 0 or info.shape != (head_dim // 2,):
     raise CheckpointError(
-      f"{header.path}: rope_freqs.weight has shape {info.shape} and type {info.kind}; "
+      f"{header.path}: {name} has shape {info.shape} and type {info.kind}; "
       f"({head_dim // 2},) in float32 was expected."
     )
-  # Llama 3 keeps only the divisors of the frequencies. All its releases were made with
-  # the three constants below, so the largest divisor says the rest; checked, not hoped.
   cursor = Cursor(header.path, header.buffer)
   cursor.at = info.offset
-  divisors = cursor.scalars(6, head_dim // 2)
+  return cursor.scalars(6, head_dim // 2)
+
+
+def _llama3(header: Header, head_dim: int, theta: float) -> dict[str, Any] | None:
+  if _DIVISORS[0] not in header.infos:
+    return None
+  # Llama 3 keeps only the divisors of the frequencies. All its releases were made with
+  # the three constants below, so the largest divisor says the rest; checked, not hoped.
+  divisors = _divisors(header, _DIVISORS[0], head_dim)
   factor, low, high, context = _short(divisors.max()), 1.0, 4.0, 8192
   cycles = context * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
   smooth = np.clip((cycles - low) / (high - low), 0, 1)
@@ -231,7 +290,7 @@ class Tensors(Mapping[str, np.ndarray]):
     self._heads = {}  # of the projections whose rows must be put back in order
     self._names = {}
     for name, info in header.infos.items():
-      if name == "rope_freqs.weight":  # in the config, as rope_scaling
+      if name in _DIVISORS:  # in the config, as rope_scaling
         continue
       hf_name = _hf_name(header, name)
       self._names[hf_name] = name
@@ -346,161 +405,6 @@ def tensors(path: str | pathlib.Path) -> Tensors:
       f"reading the weights of {path} needs the gguf package: pip install 'rlft[gguf]'"
     ) from error
   return Tensors(open_gguf(path), gguf)
-
-
-# ------------------------------------------------------------------ tokenizer
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pre:
-  """How text is cut before BPE: each pattern splits the pieces of the one before."""
-
-  splits: tuple[str, ...]
-  nfc: bool = False
-  ignore_merges: bool = False
-  add_bos: bool = False
-
-
-_PRE_TOKENIZERS = {
-  "default": _Pre((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-  "gpt-2": _Pre((_GPT2,)),
-  "llama-bpe": _Pre((_LLAMA3,), ignore_merges=True, add_bos=True),
-  "qwen2": _Pre((_LLAMA3.replace("{1,3}", ""),), nfc=True),
-  "refact": _Pre((r"\p{N}", _GPT2)),
-  "smollm": _Pre((r"\p{N}", _GPT2)),
-  "starcoder": _Pre((r"\p{N}", _GPT2)),
-}
-
-# Name of a special token's key -> what transformers calls it.
-_ROLES = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
-
-# Values of tokenizer.ggml.token_type.
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-
-
-def read_tokenizer(
-  path: str | pathlib.Path,
-) -> transformers.PreTrainedTokenizerFast:
-  """Builds the tokenizer that a GGUF file holds.
-
-  Args:
-    path: a GGUF file whose `tokenizer.ggml.model` is "gpt2" (byte-level BPE).
-
-  Returns:
-    A fast tokenizer with the file's ids: control tokens are special, the chat template
-    and the beginning, end, padding and unknown tokens are set, and encoding adds the
-    beginning and end tokens where the file says so. Ids that only fill up the
-    embedding (type "unused") have no token.
-
-  Raises:
-    CheckpointError: the file is damaged or lacks a key, or its tokenizer model or
-      pre-tokenizer is not a known one.
-  """
-  import tokenizers
-  import transformers
-
-  header = open_gguf(path)
-  model = header.require("tokenizer.ggml.model", str)
-  if model != "gpt2":
-    raise CheckpointError(
-      f"{path}: tokenizer model {model!r} is not supported; supported: 'gpt2' "
-      "(byte-level BPE). Give a Hugging Face directory with a tokenizer.json instead."
-    )
-  pre = header.require("tokenizer.ggml.pre", str)
-  if pre not in _PRE_TOKENIZERS:
-    raise CheckpointError(
-      f"{path}: pre-tokenizer {pre!r} is unknown; known: {', '.join(_PRE_TOKENIZERS)}. "
-      "Give a Hugging Face directory with a tokenizer.json instead."
-    )
-  tokens = header.require("tokenizer.ggml.tokens", list)
-  kinds = header.require("tokenizer.ggml.token_type", list)
-  merges = header.require("tokenizer.ggml.merges", list)
-  vocab = {t: i for i, (t, k) in enumerate(zip(tokens, kinds)) if k != _UNUSED}
-  if (
-    len(kinds) != len(tokens)
-    or len(vocab) + kinds.count(_UNUSED) != len(tokens)
-    or not all(isinstance(text, str) for text in (*tokens, *merges))
-  ):
-    raise CheckpointError(
-      f"{path}: the tokenizer does not hold together: {len(tokens)} tokens, "
-      f"{len(kinds)} types, {len(vocab)} distinct tokens in use; convert the model "
-      "again."
-    )
-  pairs = [tuple(merge.split(" ")) for merge in merges]
-  for pair in pairs:
-    if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-      raise CheckpointError(
-        f"{path}: the tokenizer merges {pair}, which is not two tokens that make a "
-        "third; convert the model again."
-      )
-  names = {}
-  for key, role in _ROLES.items():
-    index = header.get(f"tokenizer.ggml.{key}_token_id", int)
-    if index is None:
-      continue
-    if not 0 <= index < len(tokens) or tokens[index] not in vocab:
-      raise CheckpointError(
-        f"{path}: tokenizer.ggml.{key}_token_id is {index}, which is not one of the "
-        f"file's {len(vocab)} tokens; the file is damaged, convert the model again."
-      )
-    names[f"{role}_token"] = tokens[index]
-  ends = {}
-  for role, default in (("bos", _PRE_TOKENIZERS[pre].add_bos), ("eos", False)):
-    if header.get(f"tokenizer.ggml.add_{role}_token", bool, default):
-      if f"{role}_token" not in names:
-        raise CheckpointError(
-          f"{path}: tokenizer.ggml.add_{role}_token is set, but the file names no "
-          f"{role} token; convert the model again."
-        )
-      ends[role] = names[f"{role}_token"]
-  backend = _byte_level_bpe(vocab, pairs, _PRE_TOKENIZERS[pre])
-  # Control tokens in running text are tokens; user-defined ones are text as well.
-  for kind, add in (
-    (_CONTROL, backend.add_special_tokens),
-    (_USER_DEFINED, backend.add_tokens),
-  ):
-    special = kind == _CONTROL
-    chosen = (token for token, k in zip(tokens, kinds) if k == kind)
-    add([tokenizers.AddedToken(t, special=special, normalized=False) for t in chosen])
-  # Set even when it adds nothing: transformers makes one of its own where none is.
-  backend.post_processor = tokenizers.processors.TemplateProcessing(
-    single=[*filter(None, (ends.get("bos"), "$A", ends.get("eos")))],
-    special_tokens=[(token, vocab[token]) for token in {*ends.values()}],
-  )
-  return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend,
-    chat_template=header.get("tokenizer.chat_template", str),
-    clean_up_tokenization_spaces=False,
-    **names,
-  )
-
-
-def _byte_level_bpe(
-  vocab: dict[str, int], merges: list[tuple[str, ...]], pre: _Pre
-) -> tokenizers.Tokenizer:
-  import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-  backend = tokenizers.Tokenizer(
-    models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
-  )
-  if pre.nfc:
-    backend.normalizer = normalizers.NFC()
-  splits = [
-    pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
-    for pattern in pre.splits
-  ]
-  backend.pre_tokenizer = pre_tokenizers.Sequence(
-    [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-  )
-  backend.decoder = decoders.ByteLevel()
-  return backend
 
 
 # ------------------------------------------------------------------ a real model

@@ -105,7 +105,7 @@ def load(
   if path.is_file():
     from rlft.models import gguf
 
-    hf, generation = gguf.read_config(path), {}
+    hf, generation = gguf.read_config(path), gguf.read_ends(path)
     source: weights.Source = weights.GGUFFile(path)
   else:
     hf = _json(path / "config.json")

@@ -1,24 +1,24 @@
-"""GGUF: config, weights and tokenizer, on SmolLM2 and on small files written here.
+"""GGUF: config and weights, on SmolLM2 and on small files written here.
 
-The expected values of SmolLM2 were made once with transformers (its GGUF loader, torch)
-and, for token ids, with llama.cpp's own tokenizer on the same file.
+The expected values of SmolLM2 were made once with transformers (its GGUF loader).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import tracemalloc
 
 import gguf as gguf_package
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
 
 from rlft.core.errors import CheckpointError
-from rlft.models import gguf
+from rlft.models import families, gguf
+from rlft.models.rope import RopeScaling
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, FF, VOCAB = 4, 2, 8, 32, 64, 40
 
@@ -29,11 +29,6 @@ def smollm2():
     return gguf.find_smollm2()
   except CheckpointError as error:
     pytest.skip(f"no real data: {error}")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2):
-  return gguf.read_tokenizer(smollm2)
 
 
 def permute(weights, heads):
@@ -200,6 +195,58 @@ def test_linear_rotary_scaling(tmp_path):
   assert scaling == {"rope_type": "linear", "factor": 4.0}
 
 
+YARN = {
+  "llama.rope.scaling.type": "yarn",
+  "llama.rope.scaling.factor": 4.0,
+  "llama.rope.scaling.original_context_length": 32,
+}
+
+
+def test_yarn(tmp_path):
+  values = YARN | {"llama.rope.scaling.yarn_beta_fast": 16.0}
+  values |= {"llama.rope.scaling.finetuned": True}
+  write(tmp_path / "m.gguf", values=values)
+  hf = gguf.read_config(tmp_path / "m.gguf")
+  config = families.resolve(hf).from_hf(hf)
+  assert config.rope_scaling == RopeScaling(
+    "yarn",
+    4.0,
+    original_positions=32,
+    attention_factor=1 + 0.1 * math.log(4),
+    beta_fast=16.0,
+  )
+
+
+def test_longrope(tmp_path):
+  values = {
+    "llama.rope.scaling.type": "longrope",
+    "llama.rope.scaling.attn_factor": 1.25,
+    "llama.rope.scaling.original_context_length": 32,
+  }
+  lists = [1.0, 1.1, 1.2, 1.3], [2.0, 4.0, 6.0, 8.0]
+  extra = {
+    f"rope_factors_{name}.weight": np.array(numbers, np.float32)
+    for name, numbers in zip(("short", "long"), lists)
+  }
+  write(tmp_path / "m.gguf", values=values, extra=extra)
+  hf = gguf.read_config(tmp_path / "m.gguf")
+  scaling = families.resolve(hf).from_hf(hf).rope_scaling
+  assert (scaling.short_factors, scaling.long_factors) == tuple(map(tuple, lists))
+  assert (scaling.attention_factor, scaling.original_positions) == (1.25, 32)
+  assert "model.norm.weight" in gguf.tensors(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+  "key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"]
+)
+def test_a_factor_without_a_kind_is_linear(tmp_path, key):
+  write(tmp_path / "m.gguf", values={key: 4.0})
+  scaling = gguf.read_config(tmp_path / "m.gguf")["rope_scaling"]
+  assert scaling == {"rope_type": "linear", "factor": 4.0}
+  write(tmp_path / "n.gguf", values={key: 4.0, "llama.rope.scaling.type": "none"})
+  assert "rope_scaling" not in gguf.read_config(tmp_path / "n.gguf")
+
+
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
@@ -208,7 +255,19 @@ def test_linear_rotary_scaling(tmp_path):
     ({"values": {"llama.expert_count": 8}}, "mixture of 8 experts"),
     ({"values": {"llama.attention.head_count": [4, 4]}}, "list where a int"),
     ({"values": {"llama.attention.head_count": 0}}, "num_attention_heads is 0"),
-    ({"values": {"llama.rope.scaling.type": "yarn"}}, "'yarn' is not supported"),
+    ({"values": {"llama.rope.scaling.type": "mrope"}}, "'mrope' is not supported"),
+    (
+      {"values": YARN | {"llama.rope.scaling.attn_factor": 0.5}},
+      r"rope\.scaling\.attn_factor is 0\.5, which is not supported",
+    ),
+    (
+      {"values": YARN, "extra": {"rope_freqs.weight": np.ones(4, np.float32)}},
+      "rope_freqs.weight.*do not go with rotary scaling 'yarn'",
+    ),
+    (
+      {"values": {"llama.rope.scaling.type": "longrope"}},
+      "rope_factors_short.weight has shape",
+    ),
     ({"values": {"llama.rope.dimension_count": 4}}, "over 4 of 8 dimensions"),
   ],
 )
@@ -361,124 +420,6 @@ def test_a_damaged_header_is_read_or_refused(tmp_path, at, value, width):
     read_all(damaged)
   except CheckpointError as error:
     assert "damaged.gguf" in str(error)
-
-
-# ------------------------------------------------------------------ tokenizer
-
-
-def test_the_tokenizer_of_smollm2(tokenizer):
-  assert len(tokenizer) == 49152
-  specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-  assert tokenizer.convert_tokens_to_ids(specials) == [0, 1, 2]
-  assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-  assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (2, 0)
-  # Digits stand alone; nothing is added at either end; control tokens are tokens.
-  ids = [19556, 216, 33, 34, 35, 36, 267, 29989, 400, 2]
-  assert tokenizer.encode("Hello 1234 wörld<|im_end|>") == ids
-  assert tokenizer.decode(ids, skip_special_tokens=True) == "Hello 1234 wörld"
-  # Made with llama.cpp.
-  assert tokenizer.encode("日本語 🙂👍🏽 Ⅷ½\t\t  def f(x):\n    return x**2\n") == [
-    *(23274, 115, 40993, 179, 120, 248, 47526, 10813, 235, 231, 10813, 233, 138, 216),
-    *(173, 223, 117, 16738, 1656, 216, 753, 275, 24, 104, 727, 472, 1003, 1792, 828),
-    *(34, 198),
-  ]
-
-
-# SmolLM2's vocabulary has no token for these bytes (llama.cpp drops them as well): six
-# control characters, the first bytes of unassigned planes, and what UTF-8 never holds.
-NO_TOKEN = b"\x04\x06\x13\x14\x16\x1d\xc0\xc1\xf1\xf2" + bytes(range(0xF5, 0x100))
-
-
-def test_smollm2_covers_every_byte_but_these(tokenizer):
-  alphabet = pre_tokenizers.ByteLevel.alphabet()
-  missing = [char for char in alphabet if tokenizer.convert_tokens_to_ids(char) == 0]
-  assert len(alphabet) == 256
-  assert tokenizer.convert_tokens_to_ids("Ġ") == 216
-  assert len(missing) == len(NO_TOKEN) == 21
-  control = set(NO_TOKEN[:6])
-  every = "".join(chr(c) for c in range(0x800) if c not in control)
-  assert tokenizer.decode(tokenizer.encode(every)) == every
-
-
-def test_the_chat_template_of_smollm2(tokenizer):
-  text = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
-  )
-  assert text == (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
-    "Hugging Face<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-  )
-
-
-def test_real_text_round_trips(tokenizer, data_dir):
-  lines = (data_dir / "gsm8k" / "test.jsonl").read_text().splitlines()[:300]
-  plays = (data_dir / "tinyshakespeare" / "input.txt").read_text()[:100_000]
-  code = importlib.util.find_spec("numpy").loader.get_source("numpy")
-  for text in [*lines, plays, code]:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    pieces = tokenizer.convert_ids_to_tokens(ids)
-    assert not [p for p in pieces if len(p) > 1 and any(c.isdigit() for c in p)]
-
-
-@settings(deadline=None, max_examples=200)
-@given(text=st.text())
-def test_any_text_round_trips(tokenizer, text):
-  assume(not set(text.encode()) & set(NO_TOKEN))
-  assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-# By hand from the patterns that llama.cpp gives these names. With SmolLM2's vocabulary
-# and `tokenizer.ggml.pre` replaced, ids equalled llama.cpp's on 6,045 texts for each.
-CUT = "I'LL say: 12345 'tis\n\n  naïve+=1!!\r\n x²"
-
-
-@pytest.mark.parametrize(
-  ("pre", "pieces"),
-  [
-    ("default", "I|'|LL| say|:| |123|45| |'|tis|\n\n | naïve|+=|1|!!|\r\n| x|²"),
-    ("gpt-2", "I|'|LL| say|:| 12345| '|tis|\n\n | naïve|+=|1|!!|\r\n| x|²"),
-    ("llama-bpe", "I|'LL| say|:| |123|45| '|tis|\n\n| | naïve|+=|1|!!\r\n| x|²"),
-    ("qwen2", "I|'LL| say|:| |1|2|3|4|5| '|tis|\n\n| | naïve|+=|1|!!\r\n| x|²"),
-    ("smollm", "I|'|LL| say|:| |1|2|3|4|5| '|tis|\n\n | naïve|+=|1|!!|\r\n| x|²"),
-  ],
-)
-def test_each_pre_tokenizer_cuts_as_llama_cpp_does(pre, pieces):
-  backend = gguf._byte_level_bpe({}, [], gguf._PRE_TOKENIZERS[pre])
-  cut = backend.pre_tokenizer.pre_tokenize_str(CUT)
-  assert [CUT[a:b] for _, (a, b) in cut] == pieces.split("|")
-
-
-def test_special_user_defined_and_unused_tokens(tmp_path):
-  values = {"tokenizer.ggml.eos_token_id": 6, "tokenizer.ggml.add_eos_token": True}
-  write(tmp_path / "m.gguf", values=values | {"tokenizer.ggml.add_bos_token": True})
-  tokenizer = gguf.read_tokenizer(tmp_path / "m.gguf")
-  assert tokenizer.encode("abx y<s>b") == [0, 3, 5, 0, 2, 6]
-  assert tokenizer.decode([0, 3, 5, 4, 6], skip_special_tokens=True) == "abx y"
-  write(tmp_path / "n.gguf")  # gpt-2 adds nothing unless told
-  assert gguf.read_tokenizer(tmp_path / "n.gguf").encode("ab") == [3]
-  write(tmp_path / "o.gguf", values={"tokenizer.ggml.pre": "llama-bpe"})
-  assert gguf.read_tokenizer(tmp_path / "o.gguf").encode("ab") == [0, 3]
-
-
-@pytest.mark.parametrize(
-  ("changes", "match"),
-  [
-    ({"values": {"tokenizer.ggml.model": "llama"}}, "'llama' is not supported.*'gpt2'"),
-    ({"values": {"tokenizer.ggml.pre": "mine"}}, "'mine' is unknown; known:.*smollm"),
-    ({"drop": ["tokenizer.ggml.pre"]}, "'tokenizer.ggml.pre' is missing"),
-    ({"drop": ["tokenizer.ggml.merges"]}, "'tokenizer.ggml.merges' is missing"),
-    ({"values": {"tokenizer.ggml.token_type": [1, 1]}}, "7 tokens, 2 types"),
-    ({"values": {"tokenizer.ggml.merges": ["a c"]}}, r"merges \('a', 'c'\)"),
-    ({"values": {"tokenizer.ggml.bos_token_id": 9}}, "bos_token_id is 9"),
-    ({"values": {"tokenizer.ggml.bos_token_id": 4}}, "bos_token_id is 4"),
-    ({"values": {"tokenizer.ggml.add_eos_token": True}}, "names no eos token"),
-  ],
-)
-def test_a_tokenizer_that_cannot_be_built_is_an_error(tmp_path, changes, match):
-  write(tmp_path / "m.gguf", **changes)
-  with pytest.raises(CheckpointError, match=match):
-    gguf.read_tokenizer(tmp_path / "m.gguf")
 
 
 def test_smollm2_missing_is_named(monkeypatch):
