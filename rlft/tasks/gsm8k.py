@@ -17,16 +17,13 @@ from typing import Any
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example, Verdict
-from rlft.tasks import chains, jsonl
+from rlft.tasks import answers, chains, jsonl
 
 _log = logging.getLogger(__name__)
 
 # The reference's, to the letter.
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
-_NUMERIC = re.compile(
-  rf"[\s*]{{0,8}}(-?\s?[$€£]?\s?-?(?:{chains.NUMBER}))"
-  r"(?!\.?[0-9]|[,/^][0-9]|[eE][-+]?[0-9])"
-)
+CHECKS = ("numeric", "strict", "flexible")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -112,18 +109,20 @@ def judge(completion: str, example: Example, check: str = "numeric") -> Verdict:
     completion: what a model wrote after the prompt; graded on its first answer, so a
       model that goes on to invent another question gains nothing.
     example: the problem.
-    check: "numeric", or "strict" for comparison with published numbers.
+    check: "numeric" reads the number after `####` (`answers.stated`); "flexible" also a
+      boxed one, or the last one where there is no `####`, as chat models answer
+      (`answers.last`); "strict" is for comparison with published numbers.
   """
+  if check not in CHECKS:
+    raise ConfigError(f"check is {check!r}; it is one of {CHECKS}.")
   if check == "strict":
     answer = strict_gsm8k(completion)
     correct = answer is not None and answer == example.answer
-  elif check == "numeric":
-    answer = numeric(completion)
-    gold = chains.parse_number(example.answer)
+  else:
+    read = answers.stated if check == "numeric" else answers.last
+    answer, gold = read(completion), chains.parse_number(example.answer)
     correct = answer is not None and gold is not None
     correct = correct and answer == chains.normalise(gold)
-  else:
-    raise ConfigError(f"check is {check!r}; it is 'numeric' or 'strict'.")
   consistent = chains.consistent(completion)
   return Verdict(answer, correct, consistent, chains.canonical(completion))
 
@@ -146,25 +145,6 @@ def strict_gsm8k(text: str) -> str | None:
   """
   match = _STRICT.search(text)
   return match[1].strip().replace(",", "") if match else None
-
-
-def numeric(text: str) -> str | None:
-  """The number right after the first `####`, in its shortest exact form.
-
-  `#### $1,800.00 a day` is `1800`. White space, `*` and one currency sign may stand
-  before the number. A fraction, a power or a number in parts (`1/2`, `2^3`, `1e3`,
-  `5,4`) is no answer.
-
-  Returns:
-    The normalised number; None when there is none.
-  """
-  _, _, rest = text.partition("####")
-  match = _NUMERIC.match(rest[:64])
-  if match is None:
-    return None
-  digits = re.sub(r"[\s$€£]", "", match[1])
-  value = chains.parse_number(digits)
-  return None if value is None else chains.normalise(value)
 
 
 def _example(index: int, row: Any, prefix: str, annotations: str) -> Example:

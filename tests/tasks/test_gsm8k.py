@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example
-from rlft.tasks import chains, gsm8k
+from rlft.tasks import answers, chains, gsm8k
 
 GOOD = {
   "question": "Tom has 48 pens and sells half. How many?",
@@ -46,8 +46,9 @@ def test_real_files(data_dir, split, rows, annotated, count, raw, distinct):
   solutions = [example.solution for example in examples]
   for example in examples:
     assert chains.parse_number(example.answer) is not None
-    for check in ("strict", "numeric"):
-      assert gsm8k.judge(example.solution, example, check).correct
+    assert gsm8k.judge(example.solution, example).correct
+    assert gsm8k.strict_gsm8k(example.solution) == example.answer
+    assert answers.last(example.solution) == answers.stated(example.solution)
   texts = [re.findall(r"<<([^<>]*)>>", solution) for solution in solutions]
   assert sum(map(bool, texts)) == annotated
   assert sum(map(len, texts)) == count
@@ -215,7 +216,11 @@ def test_named_data_set(monkeypatch):
     ("#### 5,4", "54", None),
     ("#### 1,80", "180", None),
     ("#### eighteen", None, None),
-    ("#### ٣", None, None),
+    ("#### ٣", None, "3"),
+    ("#### 42 000", "42", "42000"),
+    ("#### 18 20", "18", None),
+    ("#### 2 + 3 = 5", "2", None),
+    ("#### \\boxed{18}", None, "18"),
     ("#### ", None, None),
     ("the answer is 18", None, None),
     ("#### 18\nQuestion: next\nAnswer: #### 20", "18", "18"),
@@ -227,7 +232,16 @@ def test_named_data_set(monkeypatch):
 )
 def test_extraction(text, strict, numeric):
   assert gsm8k.strict_gsm8k(text) == strict
-  assert gsm8k.numeric(text) == numeric
+  assert answers.stated(text) == numeric
+
+
+def test_the_flexible_check_reads_what_chat_models_write():
+  example = Example(0, "", "", "1800")
+  for text in ("It is $1,800 a day.", "So \\boxed{1800}.", "so\n#### 1800"):
+    assert gsm8k.judge(text, example, "flexible").answer == "1800"
+    assert gsm8k.judge(text, example, "flexible").correct
+    assert gsm8k.judge(text, example).correct == ("####" in text)
+  assert not gsm8k.judge("It is 1,800 or 20.", example, "flexible").correct
 
 
 def test_judge_checks_and_chains():
@@ -264,14 +278,14 @@ def test_strict_is_the_reference_on_any_text(text, gold):
 @given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "{:,}", "{}.", "{:,}.00"]))
 def test_numeric_reads_every_integer(value, style):
   text = "so\n#### " + style.format(value)
-  assert gsm8k.numeric(text) == str(value)
+  assert answers.stated(text) == str(value)
 
 
 @pytest.mark.parametrize("unit", ["#", "#### ", "#### 1,", "<<1+1=2>>", "1+", "-$ "])
 def test_ten_megabytes_are_judged_quickly(unit):
   text = unit * (10_000_000 // len(unit))
   began = time.perf_counter()
-  for check in ("strict", "numeric"):
+  for check in gsm8k.CHECKS:
     gsm8k.judge(text, Example(0, "", "", "1"), check)
   assert time.perf_counter() - began < 3
 
