@@ -78,6 +78,7 @@ class BestOfNResult:
   """What was sampled, and what was kept.
 
   Attributes:
+    examples: the P prompts that were sampled: those that leave room for a completion.
     texts: the kept completion of each prompt; None where no sample was judged.
     rewards: of the kept ones, float32 [P]; NaN where there is none.
     kept: int32 [P], which sample; -1 where there is none.
@@ -92,6 +93,7 @@ class BestOfNResult:
     seconds: wall clock.
   """
 
+  examples: list[Example]
   texts: list[str | None]
   rewards: np.ndarray
   kept: np.ndarray
@@ -139,7 +141,7 @@ def best_of_n(
 
   Args:
     policy: what samples.
-    examples: P prompts.
+    examples: the prompts; those without room for a completion are left out.
     reward: of a rollout; rewards of steps are added to that of their row. A sample
       that was not judged is never kept.
     config: see `BestOfNConfig`.
@@ -156,6 +158,7 @@ def best_of_n(
   if not policy.eos_ids:
     raise ConfigError("the policy has no eos_ids: nothing could end a completion")
   began = time.perf_counter()
+  examples = rollouts.usable(policy, examples, config.max_new_tokens, config.chat)
   rollout = rollouts.sample(
     policy,
     examples,
@@ -193,6 +196,7 @@ def best_of_n(
   if unjudged:
     log.warning("%d of %d prompts have no sample that was judged", unjudged, shape[0])
   return BestOfNResult(
+    examples=examples,
     texts=texts,
     rewards=np.array(rewards, np.float32),
     kept=kept_P,

@@ -44,6 +44,7 @@ from rlft.rewards.verifiable import (
   verdicts_of_all,
 )
 from rlft.sampling.generate import generate
+from rlft.training import rollouts
 from rlft.training.data import encode_prompts
 from rlft.training.metrics import PhaseTimers
 from rlft.training.saving import Saving
@@ -295,6 +296,8 @@ def run(
   base = base or policy
   for start in (policy, base):  # not after hours of sampling
     sft.check(start, config.train)
+  shared = config.max_new_tokens, config.train.chat
+  examples = rollouts.usable(policy, examples, *shared)
   if base.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
     raise ConfigError("base has another vocabulary than the policy that samples for it")
   began, timers = time.perf_counter(), timers or PhaseTimers()
@@ -342,7 +345,10 @@ def run(
     name = f"round {index} of {config.rounds}"
     if progress.half is None:
       mesh = current.model.mesh
-      own, real = hosts.own_evenly(examples, mesh)
+      first = examples
+      if config.few_shot and index == 1:
+        first = rollouts.usable(policy, examples, *shared, config.few_shot)
+      own, real = hosts.own_evenly(first, mesh)
       with timers.phase("rollout"):
         rollout = _sample(current, own, config, index, tell)
       with timers.phase("reward"):

@@ -46,6 +46,7 @@ from rlft.training.data import (
   encode_rows,
 )
 from rlft.training.optimizer import matches
+from rlft.training.rollouts import usable
 from rlft.training.saving import Saving
 
 log = logging.getLogger(__name__)
@@ -296,6 +297,9 @@ def run(
     raise ConfigError("base has another vocabulary than the policy that samples for it")
   began = time.perf_counter()
   tell = on_event or (lambda kind, values: None)
+  examples = usable(
+    policy, examples, config.max_new_tokens, config.train.chat, config.few_shot
+  )
   prompts = encode_prompts(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.train.chat
   )

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +26,9 @@ from rlft.cli import config as configs
 from rlft.cli import rl, runs, show
 from rlft.cli.progress import Events
 from rlft.core.errors import ConfigError
-from rlft.core.types import Example
 from rlft.objectives.estimates import best_of_n_kl
 from rlft.probes.evaluate import EvalConfig
-from rlft.rewards.verifiable import judge_all
+from rlft.rewards.verifiable import judge_all, title_of
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "keep the best of n samples by a reward, and perhaps train on them"
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
       trained, best = best_of_n.distill(
         policy, examples, reward, config.best, config.distill, events
       )
-  report(best, examples, config, workdir)
+  report(best, config, workdir)
   if config.distill:
     rl.look("before", policy, config, workdir)
     rl.look("after", trained.policy, config, workdir)
@@ -114,16 +112,15 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def report(
-  best: BestOfNResult, examples: Sequence[Example], config: BestOfNRun, workdir: Path
-) -> None:
+def report(best: BestOfNResult, config: BestOfNRun, workdir: Path) -> None:
   """Samples as JSONL; reward and correctness against n as table, JSON and plot."""
   texts = [text for row in best.completions for text in row]
-  verdicts = judge_all(runs.judge_of(config.task), texts, examples)
+  judge = runs.judge_of(config.task)
+  verdicts = judge_all(judge, texts, best.examples)
   correct_PN = np.array([v.correct for v in verdicts]).reshape(best.reward.shape)
   workdir.mkdir(parents=True, exist_ok=True)
   with (workdir / "samples.jsonl").open("w", encoding="utf-8") as file:
-    for p, example in enumerate(examples):
+    for p, example in enumerate(best.examples):
       line = {
         "id": example.id,
         "prompt": example.prompt,
@@ -143,14 +140,18 @@ def report(
       file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
   curves = {"reward": best.curve(), "correct": best.curve(correct_PN)}
   show.table(
-    f"best of n by {config.reward.kind}, {len(examples)} prompts, 95 % intervals",
+    f"best of n by {config.reward.kind}, {len(best.examples)} prompts, 95 % intervals, "
+    f"correct by {title_of(judge)}",
     ["n", "reward", "correct", "KL at most"],
     [
       [str(n), paid, right, best_of_n_kl(n)]
       for (n, paid), (_, right) in zip(*curves.values())
     ],
   )
-  runs.write_json(workdir / "best_of_n.json", {k: dict(v) for k, v in curves.items()})
+  runs.write_json(
+    workdir / "best_of_n.json",
+    {k: dict(v) for k, v in curves.items()} | {"judge": title_of(judge)},
+  )
   known = {
     name: [(n, interval) for n, interval in points if not np.isnan(interval[0])]
     for name, points in curves.items()

@@ -291,7 +291,7 @@ class _Bench:
         "per_prompt": {k: v.tolist() for k, v in one.report["per_prompt"].items()},
       }
       if arm == START:
-        chains = reasoning.correct_chains(one.sample_verdicts, problems)
+        chains = reasoning.correct_chains(one.sample_verdicts, one.examples)
         reports[split]["chains"] = {
           str(i): sorted(map(list, found)) for i, found in chains.items()
         }

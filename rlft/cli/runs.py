@@ -82,7 +82,9 @@ class TaskConfig:
     seed: of generated problems.
     knobs: how hard generated problems are.
     annotations: of gsm8k: "keep" or "strip" the <<48/2=24>> in solutions.
-    check: of gsm8k answers: "numeric", or "strict" as the reference compares them.
+    check: of gsm8k answers: "numeric" after `####`, "flexible" also a boxed or, without
+      `####`, the last number, as chat models answer, or "strict" as the reference
+      compares them.
     on_bad: what a bad row of a file does: "raise", or "skip" and count it.
   """
 
@@ -93,7 +95,7 @@ class TaskConfig:
   seed: int = 0
   knobs: arithmetic.Knobs = dataclasses.field(default_factory=arithmetic.Knobs)
   annotations: Literal["keep", "strip"] = "keep"
-  check: Literal["numeric", "strict"] = "numeric"
+  check: Literal["numeric", "flexible", "strict"] = "numeric"
   on_bad: Literal["raise", "skip"] = "raise"
 
 
@@ -221,7 +223,7 @@ def judge_of(task: TaskConfig) -> Judge:
   """The task's judge."""
   if task.name == "arithmetic":
     return arithmetic.judge
-  return lambda text, example: gsm8k.judge(text, example, check=task.check)
+  return functools.partial(gsm8k.judge, check=task.check)
 
 
 def text_rows(rows: Sequence[Example]) -> list[tuple[str, str]]:
@@ -246,7 +248,7 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 def plain(report: Mapping[str, Any]) -> dict[str, Any]:
   """A report without its arrays, for JSON."""
-  return {"metrics": report["metrics"], "totals": report["totals"]}
+  return {name: report[name] for name in ("judge", "left_out", "metrics", "totals")}
 
 
 def write_json(path: Path, value: Any) -> Path:

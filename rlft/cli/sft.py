@@ -24,6 +24,7 @@ from rlft.cli.progress import Events, counting
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.models.hub import Policy
 from rlft.probes.evaluate import EvalConfig, evaluate
+from rlft.rewards.verifiable import title_of
 from rlft.sampling.generate import generate
 from rlft.training.metrics import MetricWriter
 from rlft.training.saving import Saving
@@ -129,11 +130,13 @@ def evaluate_splits(policy, task, config, splits, prompts, workdir, sampler=gene
         on_progress=counting(advance),
       )
   names = runs.headline(next(iter(found.values())).report)
+  out = {split: e.report["left_out"] for split, e in found.items()}
   show.table(
-    "evaluation",
-    ["split", "prompts", *names],
+    f"evaluation by {title_of(judge)}",
+    ["split", "prompts", *["left out"] * any(out.values()), *names],
     [
-      [split, len(e.examples), *(runs.interval(e.report, n) for n in names)]
+      [split, len(e.examples), *[out[split]] * any(out.values())]
+      + [runs.interval(e.report, n) for n in names]
       for split, e in found.items()
     ],
   )

@@ -12,9 +12,10 @@ from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
 from rlft.probes import reasoning
-from rlft.rewards.verifiable import Judge, judge_all, verdicts_of_all
+from rlft.rewards.verifiable import Judge, judge_all, title_of, verdicts_of_all
 from rlft.sampling.generate import generate
 from rlft.training.data import encode_prompts
+from rlft.training.rollouts import usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,9 @@ class Evaluation:
   """What was sampled, what the task says of it, and the report.
 
   Attributes:
-    report: see `probes.reasoning.report`.
-    examples: the P prompts.
+    report: see `probes.reasoning.report`; and "judge", who judged, and "left_out", how
+      many of the prompts given left no room for a completion: they are in no mean.
+    examples: the P prompts that were sampled.
     greedy, samples: completions: P texts, and P lists of K.
     greedy_verdicts, sample_verdicts: the same, judged.
     seconds: of sampling.
@@ -104,10 +106,13 @@ def evaluate(
     `Evaluation`; of several processes each samples and judges a part of the prompts,
     and all get the whole.
   """
-  mesh, everybody = policy.model.mesh, examples
+  mesh, given = policy.model.mesh, len(examples)
   if score is not None and hosts.several():
     raise ConfigError("reranking runs on one host: evaluate without `score`, or there")
-  examples, real = hosts.own_evenly(examples, mesh)
+  everybody = usable(
+    policy, examples, config.max_new_tokens, config.chat, config.few_shot
+  )
+  examples, real = hosts.own_evenly(everybody, mesh)
   prompts = encode_prompts(
     policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
   )
@@ -159,6 +164,7 @@ def evaluate(
     known_chains=known_chains,
     scores=None if scores is None else rows(scores),
   )
+  report |= {"judge": title_of(judge), "left_out": given - count}
   return Evaluation(
     report=report,
     examples=list(examples),

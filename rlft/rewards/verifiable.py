@@ -43,6 +43,15 @@ Judge = Callable[[str, Example], Verdict]
 Steps = Callable[[str], Sequence[tuple[int, str]]]
 
 
+def title_of(judge: Judge) -> str:
+  """What a report calls a judge: gsm8k.judge(check='strict')."""
+  settled = judge.keywords if isinstance(judge, functools.partial) else {}
+  module = getattr(getattr(judge, "func", judge), "__module__", None) or ""
+  title = f"{module.rpartition('.')[2]}.{name_of(judge)}".lstrip(".")
+  values = ", ".join(f"{name}={value!r}" for name, value in settled.items())
+  return f"{title}({values})" if values else title
+
+
 def judge_all(
   judge: Judge, completions: Sequence[str], examples: Sequence[Example]
 ) -> list[Verdict]:

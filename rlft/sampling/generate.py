@@ -239,7 +239,8 @@ def generate(
         "before untrue"
       )
     raise DataError(
-      f"prompt {i} has {lengths[i]} tokens and may get {budget[i]} more, but {limit}; "
+      f"prompt {i} (id {prompt_ids[i]}) has {lengths[i]} tokens and may get "
+      f"{budget[i]} more, but {limit}; "
       "shorten it or lower max_new_tokens"
     )
 

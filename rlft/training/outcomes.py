@@ -26,7 +26,7 @@ from rlft.training.data import (
   grouped,
   place,
 )
-from rlft.training.rollouts import sample
+from rlft.training.rollouts import sample, usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +93,10 @@ def sample_outcomes(
     seed, step: address the noise.
 
   Returns:
-    Exactly len(examples) * K outcomes, samples of a prompt adjacent; those that the
-    length limit cut are among them.
+    K outcomes of each example, samples of a prompt adjacent; those that the length
+    limit cut are among them. Prompts without room for a completion are left out.
   """
+  examples = usable(policy, examples, max_new_tokens, chat)
   rollout = sample(
     policy,
     examples,

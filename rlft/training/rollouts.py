@@ -114,28 +114,41 @@ def prompts_of(
 
 
 def usable(
-  policy: Policy, examples: Sequence[Example], max_new_tokens: int, chat: bool = False
+  policy: Policy,
+  examples: Sequence[Example],
+  max_new_tokens: int,
+  chat: bool = False,
+  few_shot: str = "",
 ) -> list[Example]:
   """The examples whose prompt leaves room for a completion; the others are counted in a
-  warning. Left to the sampler, one would end a run in whichever iteration draws it.
+  warning, with their ids. Left to the sampler, one would end a run in whichever
+  iteration draws it.
+
+  Args:
+    policy: what samples.
+    examples: to be sampled.
+    max_new_tokens, chat: of sampling.
+    few_shot: text before every prompt.
 
   Raises:
     DataError: none is left.
   """
-  fits = lambda n: 0 < n <= policy.config.longest_sample(n) - max_new_tokens
-  prompts = encode_prompts(policy.tokenizer, [e.prompt for e in examples], chat)
-  kept = [e for e, ids in zip(examples, prompts) if fits(len(ids))]
-  room = max(0, policy.config.longest_sample(1) - max_new_tokens)
+  longest = policy.config.longest_sample
+  texts = [few_shot + e.prompt if few_shot else e.prompt for e in examples]
+  prompts = encode_prompts(policy.tokenizer, texts, chat)
+  fits = [0 < len(ids) <= longest(len(ids)) - max_new_tokens for ids in prompts]
+  room = max(0, longest(1) - max_new_tokens)
   what = (
-    f"of {len(examples)} training prompts are empty or longer than the {room} "
-    f"tokens that max_new_tokens={max_new_tokens} leaves of the model's "
-    f"{policy.config.longest_sample(1)} positions"
+    f"of {len(examples)} prompts are empty or longer than the {room} tokens that "
+    f"max_new_tokens={max_new_tokens} leaves of the model's {longest(1)} positions"
   )
-  if not kept:
+  if not any(fits):
     raise DataError(f"all {what}")
-  if len(kept) < len(examples):
-    log.warning("%d %s, and are left out", len(examples) - len(kept), what)
-  return kept
+  if out := [e.id for e, good in zip(examples, fits) if not good]:
+    more = ", ..." if len(out) > 8 else ""
+    ids = ", ".join(map(str, out[:8])) + more
+    log.warning("%d %s, and are left out (ids %s)", len(out), what, ids)
+  return [e for e, good in zip(examples, fits) if good]
 
 
 def sample(

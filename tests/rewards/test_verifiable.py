@@ -26,6 +26,7 @@ from rlft.rewards.verifiable import (
   overlong_penalty,
   step_ends,
   step_match,
+  title_of,
   verdict_reward,
 )
 from rlft.sampling.stops import decode_completion
@@ -108,6 +109,12 @@ def test_the_judge_sees_the_columns_of_the_row(rollout_of):
 
   make_reward(judge, "final")(rollout_of([7, 9], COMPLETIONS), examples)
   assert asked[:4] == [examples[0]] * 2 + [examples[1]] * 2
+
+
+def test_a_report_names_its_judge():
+  strict = functools.partial(gsm8k.judge, check="strict")
+  assert title_of(strict) == "gsm8k.judge(check='strict')"
+  assert title_of(arithmetic.judge) == "arithmetic.judge"
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), ZeroDivisionError()])

@@ -98,8 +98,8 @@ def test_prompts_without_room_are_left_out_and_counted(policy, caplog):
   examples = [Example(i, "x" * size, "", "") for i, size in enumerate((3, 11, 0, 12))]
   kept = rollouts.usable(policy, examples, max_new_tokens=5)
   assert [e.id for e in kept] == [0, 1]
-  assert "2 of 4 training prompts" in caplog.text
-  with pytest.raises(DataError, match="all of 4 training prompts"):
+  assert "2 of 4 prompts" in caplog.text and "(ids 2, 3)" in caplog.text
+  with pytest.raises(DataError, match="all of 4 prompts"):
     rollouts.usable(policy, examples, max_new_tokens=14)
 
 
