@@ -23,7 +23,7 @@ import rlft
 from rlft.algorithms import best_of_n, sft
 from rlft.algorithms.best_of_n import BestOfNResult
 from rlft.cli import config as configs
-from rlft.cli import rl, runs, show
+from rlft.cli import record, rl, runs, show
 from rlft.cli.progress import Events
 from rlft.core.errors import ConfigError
 from rlft.objectives.estimates import best_of_n_kl
@@ -79,14 +79,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, BestOfNRun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "best-of-n", config, resumes=False):
+    return 0
   start = config.task.train_start if config.split == "train" else 0
   examples = runs.examples(config.task, config.split, config.prompts, start)
   policy = runs.make_policy(config.model, config.mesh)
   reward = rl.make_reward_of(config.reward, config.task, policy)
   if config.distill:
     sft.check(policy, config.distill)
-  configs.write_resolved(workdir, config)
+  record.begin(workdir, "best-of-n", config)
   with MetricWriter(workdir) as writer, Events(writer) as events:
+    writer.rewind(-1)  # what a run that was killed here has written
     if config.distill is None:
       best = best_of_n.best_of_n(
         policy,
@@ -109,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
       f"{trained.update_tokens} tokens in the loss, last loss "
       f"{trained.losses[-1]:.4f}\nmodel: {workdir / 'model'}"
     )
+  record.finish(workdir, "best-of-n", config)
   return 0
 
 

@@ -26,7 +26,7 @@ from rlft.algorithms import best_of_n, grpo, ppo, reward_model, sft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import return_conditioned as rc
 from rlft.cli import config as configs
-from rlft.cli import rl, runs, show, study
+from rlft.cli import record, rl, runs, show, study
 from rlft.cli.progress import Events, Iterations, counting
 from rlft.core.errors import ConfigError
 from rlft.core.types import Example
@@ -146,7 +146,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, Study)
   workdir = Path(args.workdir)
-  _same_settings(workdir, config)
+  if record.finished(workdir, "compare", config, resumes=False):
+    return 0
+  if changed := record.changed(workdir, config):
+    raise ConfigError(
+      f"{workdir} holds a study with other settings ({record.told(changed)}); give "
+      "another --workdir"
+    )
+  record.begin(workdir, "compare", config)
   # "sft" follows "ei", whose update tokens it takes.
   arms = [START, *sorted(config.arms, key=lambda arm: arm == "sft")]
   todo = [
@@ -168,21 +175,9 @@ def run(args: argparse.Namespace) -> int:
     for start, seed, arm in todo
   }
   study.report(workdir, results, config)
+  record.finish(workdir, "compare", config)
   print(f"\nreport: {workdir / 'report.md'}")
   return 0
-
-
-def _same_settings(workdir: Path, config: Study) -> None:
-  """A directory holds the arms of one study: other settings are refused."""
-  old = workdir / configs.RESOLVED
-  before = old.read_text() if old.is_file() else None
-  configs.write_resolved(workdir, config)
-  if before is not None and before != old.read_text():
-    changed = configs.diff(json.loads(before), json.loads(old.read_text()))
-    old.write_text(before)
-    raise ConfigError(
-      f"{workdir} holds a study with other settings ({changed}); give another --workdir"
-    )
 
 
 @dataclasses.dataclass

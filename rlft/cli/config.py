@@ -257,15 +257,15 @@ def redact(settings: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def write_resolved(workdir: str | os.PathLike[str], config: Any) -> Path:
-  """Writes the settings of a run, secrets hidden, to `resolved_config.json`."""
-  from rlft.core import hosts  # which imports jax
+def write_resolved(workdir: str | os.PathLike[str], config: Any, command: str) -> Path:
+  """Writes the settings of a command's run to `resolved_config.json`."""
+  return write_settings(Path(workdir) / RESOLVED, config, command=command)
 
-  path = Path(workdir) / RESOLVED
-  if not hosts.first():
-    return path
+
+def write_settings(path: Path, config: Any, **about: str) -> Path:
+  """Writes settings, secrets hidden, behind what else is said about their run."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(redact(dump(config)), indent=2, allow_nan=False)
+  text = json.dumps(about | redact(dump(config)), indent=2, allow_nan=False)
   partial = path.with_suffix(".tmp")
   partial.write_text(text + "\n", encoding="utf-8")
   partial.replace(path)  # a killed run leaves the old record or the new one

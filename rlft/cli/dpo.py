@@ -19,7 +19,7 @@ from pathlib import Path
 import rlft
 from rlft.algorithms import dpo
 from rlft.cli import config as configs
-from rlft.cli import runs, show
+from rlft.cli import record, runs, show
 from rlft.cli.progress import Events
 from rlft.cli.reward_model import PreferencesConfig, read_pairs
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, DPORun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "dpo", config):
+    return 0
   if not config.preferences.path:
     raise ConfigError(
       "preferences.path is empty: give a jsonl file of preferences by "
@@ -71,20 +73,22 @@ def run(args: argparse.Namespace) -> int:
     reference = runs.make_policy(other, config.mesh)
   dpo.check(policy, config.dpo, reference)
   models = {"model": policy, "reference": reference}
-  with saving(workdir, "dpo", config, "update", models=models) as keep:
-    configs.write_resolved(workdir, config)
-    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
-      result = dpo.train(
-        policy,
-        train,
-        config.dpo,
-        reference,
-        dev,
-        on_step=events.on_step,
-        on_progress=lambda done, of: events("reference", {"done": done, "of": of}),
-        saving=keep,
-        timers=events.timers,
-      )
+  with (
+    saving(workdir, "dpo", config, "update", models=models) as keep,
+    MetricWriter(workdir) as writer,
+    Events(writer, resumes=True) as events,
+  ):
+    result = dpo.train(
+      policy,
+      train,
+      config.dpo,
+      reference,
+      dev,
+      on_step=events.on_step,
+      on_progress=lambda done, of: events("reference", {"done": done, "of": of}),
+      saving=keep,
+      timers=events.timers,
+    )
   rlft.save(result.policy, workdir / "model")
   print(
     f"{result.steps} updates on {result.pairs} pairs ({result.dropped} dropped), loss "
@@ -94,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
   if dev:
     _show(result, workdir)
   print(f"model: {workdir}/model  (rlft sample --model={workdir}/model PROMPT)")
+  record.finish(workdir, "dpo", config)
   return 0
 
 

@@ -13,8 +13,9 @@ import dataclasses
 from pathlib import Path
 
 from rlft.cli import config as configs
-from rlft.cli import runs
+from rlft.cli import record, runs
 from rlft.cli.sft import evaluate_splits
+from rlft.core import hosts
 from rlft.probes.evaluate import EvalConfig
 
 SUMMARY = "evaluate a model: greedy@1, maj@k, pass@k, chains"
@@ -48,10 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, EvalRun)
   workdir = Path(args.workdir)
+  hosts.by_first(lambda: record.check(workdir, "eval"))
   policy = runs.make_policy(config.model, config.mesh)
-  configs.write_resolved(workdir, config)
-  evaluate_splits(
+  found = evaluate_splits(
     policy, config.task, config.eval, config.splits, config.prompts, workdir
   )
+  if hosts.first():  # an evaluation replaces the one that was there, whole
+    for path in workdir.glob("transcripts_*.txt"):
+      if path.stem.removeprefix("transcripts_") not in found:
+        path.unlink()
+  record.begin(workdir, "eval", config)
   print(f"{workdir}: evaluation.json, transcripts_*.txt")
   return 0

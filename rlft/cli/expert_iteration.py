@@ -21,7 +21,7 @@ import rlft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import sft
 from rlft.cli import config as configs
-from rlft.cli import rl, runs, show
+from rlft.cli import record, rl, runs, show
 from rlft.cli.progress import Events
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.cli.sft import train_first
@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, EIRun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "expert-iteration", config):
+    return 0
   train = runs.train_examples(config.task)
   rows, judge = runs.text_rows(train), runs.judge_of(config.task)
   dev = rl.dev_examples(config.task, config.dev_prompts)
@@ -80,25 +82,27 @@ def run(args: argparse.Namespace) -> int:
   look = functools.partial(rl.look, config=config, workdir=workdir)
   models = {"model": policy, "base": base if config.base else None}
   name = "expert-iteration"
-  with saving(workdir, name, config, "half-round", models=models) as keep:
-    configs.write_resolved(workdir, config)
-    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as on_event:
-      if config.sft_first is not None:
-        policy = train_first(policy, rows, config, workdir, keep, on_event, look)
-      elif not keep.checkpoints.steps():
-        look("before", policy)
-      result = ei.run(
-        policy,
-        train,
-        judge,
-        config.ei,
-        base=base,
-        sft_rows=rows,
-        dev_score=rl.dev_score(config.task, dev, config.eval),
-        on_event=on_event,
-        timers=on_event.timers,
-        saving=keep,
-      )
+  with (
+    saving(workdir, name, config, "half-round", models=models) as keep,
+    MetricWriter(workdir) as writer,
+    Events(writer, resumes=True) as on_event,
+  ):
+    if config.sft_first is not None:
+      policy = train_first(policy, rows, config, workdir, keep, on_event, look)
+    elif not keep.checkpoints.steps():
+      look("before", policy)
+    result = ei.run(
+      policy,
+      train,
+      judge,
+      config.ei,
+      base=base,
+      sft_rows=rows,
+      dev_score=rl.dev_score(config.task, dev, config.eval),
+      on_event=on_event,
+      timers=on_event.timers,
+      saving=keep,
+    )
   rlft.save(result.policy, workdir / "model")
   if hosts.first():
     with (workdir / "solutions.jsonl").open("w") as file:
@@ -110,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     f"{result.sampled_solutions} sampled solutions, {result.update_tokens} tokens in "
     f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"
   )
+  record.finish(workdir, "expert-iteration", config)
   return 0
 
 

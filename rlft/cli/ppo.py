@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlft.algorithms import ppo
 from rlft.cli import config as configs
-from rlft.cli import rl, runs
+from rlft.cli import record, rl, runs
 from rlft.cli.progress import Iterations
 from rlft.cli.saving import CheckpointConfig, saving
 from rlft.models.scalar import as_value, load_scalar
@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, PPORun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "ppo", config):
+    return 0
   train = runs.train_examples(config.task)
   dev = rl.dev_examples(config.task, config.dev_prompts)
   policy = runs.make_policy(config.model, config.mesh, trained=config.trained)
@@ -78,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
   reward = rl.make_reward_of(config.reward, config.task, policy, learned)
   models = {"model": policy, "value": value, "reward": learned}
   with saving(workdir, "ppo", config, models=models) as keep:
-    configs.write_resolved(workdir, config)
     if not keep.checkpoints.steps():
       rl.look("before", policy, config, workdir)
     with (
@@ -97,4 +98,5 @@ def run(args: argparse.Namespace) -> int:
       )
   rl.show_result("ppo", result, workdir)
   rl.look("after", result.policy, config, workdir)
+  record.finish(workdir, "ppo", config)
   return 0

@@ -24,7 +24,7 @@ import rlft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import sft
 from rlft.cli import config as configs
-from rlft.cli import runs, show
+from rlft.cli import record, runs, show
 from rlft.cli.expert_iteration import round_table
 from rlft.cli.progress import Events, counting
 from rlft.core.errors import ConfigError
@@ -91,8 +91,11 @@ def run(args: argparse.Namespace) -> int:
   if args.seeds < 1:
     raise ConfigError(f"--seeds={args.seeds}: at least 1")
   workdir = Path(args.workdir)
+  settings = {"seeds": args.seeds, **configs.dump(config)}
+  if record.finished(workdir, "quickstart", settings, resumes=False):
+    return 0
   start = rlft.load(runs.MINI)
-  configs.write_resolved(workdir, config)
+  record.begin(workdir, "quickstart", settings)
   problems = {
     split: arithmetic.generate(split, config.eval_prompts) for split in SPLITS
   }
@@ -107,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
   if args.seeds > 1:
     results["sign_tests"] = _sign_tests(repeats, _metrics(config))
   runs.write_json(workdir / "results.json", results)
+  record.finish(workdir, "quickstart", settings)
   print(f"\n{seconds:.0f} s in all; {workdir / 'results.json'} has every number.")
   return 0
 
@@ -126,6 +130,7 @@ def _one_seed(
   rows = runs.text_rows(train)
   method = dataclasses.replace(config.ei, seed=seed)
   with MetricWriter(workdir) as writer:
+    writer.rewind(-1)  # what a run that was killed here has written
     with Events(writer, "EI") as on_event:
       found = ei.run(
         start,

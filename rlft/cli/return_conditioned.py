@@ -22,7 +22,7 @@ import rlft
 from rlft.algorithms import return_conditioned as rc
 from rlft.algorithms import sft
 from rlft.cli import config as configs
-from rlft.cli import runs, show
+from rlft.cli import record, runs, show
 from rlft.cli.progress import Events
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.cli.sft import evaluate_splits, train_first
@@ -82,6 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, RCRLRun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "return-conditioned", config):
+    return 0
   train = runs.train_examples(config.task)
   rows, judge = runs.text_rows(train), runs.judge_of(config.task)
   policy = runs.make_policy(config.model, config.mesh)
@@ -100,19 +102,21 @@ def run(args: argparse.Namespace) -> int:
 
   models = {"model": policy, "base": base, "orm": scalar}
   name = "return-conditioned"
-  with saving(workdir, name, config, "update", models=models) as keep:
-    configs.write_resolved(workdir, config)
-    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
-      place = workdir / "labelled"
-      with saving(place, "labelled", config, "sampling", keep, models) as labels:
-        if config.sft_first is not None:
-          policy = train_first(policy, rows, config, workdir, labels, events, look)
-        elif not labels.checkpoints.steps():
-          look("before", policy)
-        result = rc.run(
-          policy, train, judge, config.rcrl, base=base, sft_rows=rows, orm=orm,
-          on_event=_without_repeats(events, workdir), saving=keep, labels=labels,
-        )  # fmt: skip
+  with (
+    saving(workdir, name, config, "update", models=models) as keep,
+    MetricWriter(workdir) as writer,
+    Events(writer, resumes=True) as events,
+  ):
+    place = workdir / "labelled"
+    with saving(place, "labelled", config, "sampling", keep, models) as labels:
+      if config.sft_first is not None:
+        policy = train_first(policy, rows, config, workdir, labels, events, look)
+      elif not labels.checkpoints.steps():
+        look("before", policy)
+      result = rc.run(
+        policy, train, judge, config.rcrl, base=base, sft_rows=rows, orm=orm,
+        on_event=_without_repeats(events, workdir), saving=keep, labels=labels,
+      )  # fmt: skip
   rlft.save(result.policy, workdir / "model")
   with (workdir / "solutions.jsonl").open("w") as file:
     for solution in result.solutions:
@@ -129,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     f"{result.sampled_solutions} sampled solutions, {result.update_tokens} tokens in "
     f"the loss, {result.seconds:.0f} s\nmodel: {workdir / 'model'}"
   )
+  record.finish(workdir, "return-conditioned", config)
   return 0
 
 

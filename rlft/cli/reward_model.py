@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from rlft.algorithms import reward_model
 from rlft.cli import config as configs
-from rlft.cli import rl, runs, show
+from rlft.cli import record, rl, runs, show
 from rlft.cli.progress import Events, counting
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.core.errors import ConfigError
@@ -114,23 +114,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, RewardModelRun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "reward-model", config):
+    return 0
   # Files are read before the model: a bad row is known at once.
   splits = read_pairs(config.preferences) if config.kind == "pairs" else {}
   policy = runs.make_policy(config.model, config.mesh)
   reward_model.check(policy, config.train)
   name, models = f"reward-model {config.kind}", {"model": policy}
-  with saving(workdir, name, config, "update", models=models) as keep:
-    configs.write_resolved(workdir, config)
-    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
-      if config.kind == "pairs":
-        rows, train = splits.pop("train"), reward_model.train_pairs
-      else:
-        task, train = config.task, reward_model.train_outcome
-        rows = sample(policy, config, "train", task.train, task.train_start)
-      result = train(
-        policy, rows, config.train, on_step=events.on_step, saving=keep,
-        timers=events.timers,
-      )  # fmt: skip
+  with (
+    saving(workdir, name, config, "update", models=models) as keep,
+    MetricWriter(workdir) as writer,
+    Events(writer, resumes=True) as events,
+  ):
+    if config.kind == "pairs":
+      rows, train = splits.pop("train"), reward_model.train_pairs
+    else:
+      task, train = config.task, reward_model.train_outcome
+      rows = sample(policy, config, "train", task.train, task.train_start)
+    result = train(
+      policy, rows, config.train, on_step=events.on_step, saving=keep,
+      timers=events.timers,
+    )  # fmt: skip
   save_scalar(result.model, workdir / "model")
   print(
     f"{result.steps} updates on {result.rows} rows ({result.dropped} dropped), loss "
@@ -142,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
   else:
     evaluate_outcomes(result.model, policy, config, workdir)
   print(f"model: {workdir / 'model'}  (--config.reward.model of rlft ppo, rlft grpo)")
+  record.finish(workdir, "reward-model", config)
   return 0
 
 

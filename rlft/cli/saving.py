@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlft.cli import changes
+from rlft.cli import changes, record
 from rlft.cli import config as configs
 from rlft.cli.interrupts import Stopping
 from rlft.core import hosts, watchdog
 from rlft.core.errors import ConfigError, DivergenceError
-from rlft.training.checkpoint import Checkpoint, Checkpointer
+from rlft.training.checkpoint import DIRECTORY, Checkpoint, Checkpointer
 from rlft.training.fingerprint import fingerprint
 from rlft.training.metrics import COMPILES, compiles_logged
 from rlft.training.saving import Saving
@@ -82,7 +82,8 @@ def saving(
 ) -> Iterator[Saving]:
   """The `Saving` of a command's run; takes the directory's lock and both signals.
 
-  A run that may not go on is refused here, before anything is written.
+  A run that may not go on is refused here, before anything is written; the record of
+  one that may is written here.
 
   Args:
     workdir: of the run.
@@ -105,6 +106,16 @@ def saving(
   }
   allowed = config.checkpoint.allow_changed
 
+  identity = {"algorithm": algorithm}
+  with contextlib.closing(Checkpointer(workdir, identity=identity, lock=False)) as seen:
+    saved = seen.newest_config()  # raises where the directory is another run's
+  if saved is not None:
+    changes.check(workdir, saved, settings, allowed)
+
+  def begin() -> None:
+    command, *_ = algorithm.split()
+    record.begin(workdir, command, config, keep=saved is not None)
+
   def on_restore(found: Checkpoint) -> None:
     changed = changes.check(workdir, found.config, settings, allowed)
     print(f"{workdir}: going on after {unit} {found.step}")
@@ -119,7 +130,7 @@ def saving(
       workdir,
       keep_last=keep.keep_last,
       keep_every=keep.keep_every,
-      identity={"algorithm": algorithm},
+      identity=identity,
       config=settings,
     ) as checkpoints,
     stop.handling() if within is None else nullcontext(),
@@ -128,9 +139,8 @@ def saving(
     if within is None and hosts.first()
     else nullcontext(),
   ):
-    saved = checkpoints.newest_config()
-    if saved is not None:
-      changes.check(workdir, saved, settings, allowed)
+    if within is None and not any(workdir.glob(f"**/{DIRECTORY}/[0-9]*")):
+      begin()  # nothing is there that could refuse it
     yield Saving(
       checkpoints,
       every=keep.every,
@@ -138,6 +148,7 @@ def saving(
       stop=stop,
       on_begin=stop.begin,
       on_restore=on_restore,
+      on_allowed=begin if within is None else within.on_allowed,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import rlft
 from rlft.algorithms import sft
 from rlft.cli import config as configs
-from rlft.cli import runs, show
+from rlft.cli import record, runs, show
 from rlft.cli.progress import Events, counting
 from rlft.cli.saving import CheckpointConfig, every_100_updates, saving
 from rlft.models.hub import Policy
@@ -61,12 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = configs.from_args(args, SFTRun)
   workdir = Path(args.workdir)
+  if record.finished(workdir, "sft", config):
+    return 0
   rows = runs.text_rows(runs.train_examples(config.task))
   policy = runs.make_policy(config.model, config.mesh)
-  with saving(workdir, "sft", config, "update", models={"model": policy}) as keep:
-    configs.write_resolved(workdir, config)
-    with MetricWriter(workdir) as writer, Events(writer, resumes=True) as events:
-      result = sft.train(policy, rows, config.sft, events.on_step, keep, events.timers)
+  with (
+    saving(workdir, "sft", config, "update", models={"model": policy}) as keep,
+    MetricWriter(workdir) as writer,
+    Events(writer, resumes=True) as events,
+  ):
+    result = sft.train(policy, rows, config.sft, events.on_step, keep, events.timers)
   rlft.save(result.policy, workdir / "model")
   print(
     f"{result.steps} updates, {result.update_tokens} tokens in the loss, last loss "
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
       config.eval_prompts, workdir,
     )  # fmt: skip
   print(f"model: {workdir}/model  (rlft sample --model={workdir}/model PROMPT)")
+  record.finish(workdir, "sft", config)
   return 0
 
 

@@ -23,6 +23,7 @@ class Saving:
     stop: whether the run should save and end now; of any process of the run.
     on_begin: called when the run begins: from then on it asks `stop`.
     on_restore: gets the checkpoint that the run goes on from.
+    on_allowed: called when nothing that was saved can refuse the run any more.
   """
 
   checkpoints: Checkpointer
@@ -31,6 +32,7 @@ class Saving:
   stop: Callable[[], bool] = lambda: False
   on_begin: Callable[[], None] = lambda: None
   on_restore: Callable[[Checkpoint], None] = lambda found: None
+  on_allowed: Callable[[], None] = lambda: None
 
   def __post_init__(self):
     if self.every < 1:
@@ -42,6 +44,7 @@ class Saving:
     found = self.checkpoints.restore(like, strict=self.strict)
     if found is not None:
       self.on_restore(found)
+    self.on_allowed()
     return found
 
   def asked_to_stop(self) -> bool:

@@ -336,9 +336,10 @@ def test_only_frozen_dataclasses_come_out():
 def test_dump_comes_back_as_the_same_dataclass(tmp_path):
   settings = build(warmup={"nesterov": True}, ks=(3,))
   assert config_lib.dump(settings)["limit"] == "inf"
-  path = config_lib.write_resolved(tmp_path / "new" / "run", settings)
+  path = config_lib.write_resolved(tmp_path / "new" / "run", settings, "ppo")
   record = json.loads(path.read_text())
   assert record == config_lib.read_resolved(path.parent)
+  assert record.pop("command") == "ppo"
   assert not config_lib.diff(record, settings)
   record["limit"] = math.inf
   assert config_lib.to_dataclass(Settings, record) == settings

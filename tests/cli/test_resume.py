@@ -352,9 +352,9 @@ def test_return_conditioned_survives_signals(tmp_path):
   assert code == 75 and "after sampling and labelling" in said
   code, said = go(broken, command, signal.SIGKILL, "train", 5)
   assert code == -signal.SIGKILL and "continue" not in said
-  for _ in range(2):  # of a finished run nothing is written again
+  for what in ("going on after update", "this run of rlft return-conditioned is fin"):
     code, said = finish(start(broken, command=command))
-    assert code == 0 and "broken: going on after update" in said
+    assert code == 0 and f"broken: {what}" in said
     same(straight, broken)
 
 
