@@ -21,7 +21,16 @@ from jax.sharding import Mesh
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
 from rlft.sampling.buckets import bucket
-from rlft.text.encode import completion_end, encode_prompts, ids_of
+from rlft.text.encode import (
+  Completion,
+  Message,
+  Prompt,
+  completion_end,
+  encode_completions,
+  encode_prompts,
+  is_completion,
+  is_messages,
+)
 
 __all__ = ["completion_end", "encode_prompts"]  # also asked for here
 
@@ -53,53 +62,45 @@ class TokenRow:
 
 def encode_rows(
   tokenizer: Any,
-  eos_id: int,
-  rows: Sequence[tuple[str, str | Sequence[int]]],
+  eos_ids: int | Sequence[int],
+  rows: Sequence[tuple[Prompt, Completion] | Sequence[Message]],
   *,
   max_length: int,
   chat: bool = False,
   loss_on: str = "completion",
 ) -> list[TokenRow]:
-  """Encodes (prompt, completion) rows; a completion that is text gets its EOS.
+  """Encodes (prompt, completion) rows; a completion that is text gets its end.
 
-  Prompt and completion are encoded apart, as they are when sampling. A completion that
-  is a sequence of token ids was sampled, and is taken as it is. Rows that are longer
-  than `max_length`, or whose completion is empty, are dropped and counted in a warning;
-  none is cut.
+  See `text.encode.encode_completions`. Rows that are longer than `max_length`, or whose
+  completion is empty, are dropped and counted in a warning; none is cut.
 
   Args:
     tokenizer: a `transformers` tokenizer.
-    eos_id: ends a completion that is text; it is in the loss.
-    rows: prompt texts with their completions.
+    eos_ids: end completions in sampling; the one that ends a text is in the loss.
+    rows: prompts with their completions; or lists of messages, whose last one, an
+      assistant's, is the completion of the others.
     max_length: tokens, EOS included.
     chat: see `encode_prompts`; special tokens in completions are plain text then too.
     loss_on: "completion", or "all" for the prompt too. A row's first token has nothing
       before it that could predict it, and is never in the loss.
 
   Raises:
-    DataError: there are no rows, one is not a pair of texts, or none can be used.
+    DataError: there are no rows, one is no prompt with a completion, or none can be
+      used.
   """
   if loss_on not in ("completion", "all"):
     raise ConfigError(f"loss_on={loss_on!r}: 'completion' or 'all'")
   rows = list(rows)
   if not rows:
     raise DataError("no training rows")
-  for i, row in enumerate(rows):
-    if not _is_pair(row):
-      raise DataError(
-        f"training row {i} is {row!r:.200}; give (prompt, completion): a text, and a "
-        "text or a sequence of token ids"
-      )
-  whole = [(p, c) for p, c in rows if (c.strip() if isinstance(c, str) else len(c) > 0)]
+  pairs = [_pair(row, i) for i, row in enumerate(rows)]
+  whole = [
+    (p, c) for p, c in pairs if (c.strip() if isinstance(c, str) else len(c) > 0)
+  ]
   if not whole:
     raise DataError(f"all {len(rows)} training rows have an empty completion")
-  prompts = encode_prompts(tokenizer, [p for p, _ in whole], chat)
-  texts = [c for _, c in whole if isinstance(c, str)]
-  encoded = iter(ids_of(tokenizer, texts, plain=chat) if texts else [])
   out = []
-  for prompt, (_, completion) in zip(prompts, whole):
-    if isinstance(completion, str):
-      completion = [*next(encoded), eos_id]
+  for prompt, completion in encode_completions(tokenizer, eos_ids, whole, chat):
     tokens = (*prompt, *completion)
     if len(tokens) > max_length:
       continue
@@ -121,12 +122,18 @@ def encode_rows(
   return out
 
 
-def _is_pair(row: Any) -> bool:
-  """Whether a row is (text, text or token ids)."""
-  if not isinstance(row, tuple | list) or len(row) != 2:
-    return False
-  prompt, completion = row
-  return isinstance(prompt, str) and isinstance(completion, str | tuple | list)
+def _pair(row: Any, index: int) -> tuple[Prompt, Completion]:
+  """(prompt, completion) of a row."""
+  if is_messages(row) and len(row) > 1 and row[-1]["role"] == "assistant":
+    return row[:-1], row[-1]
+  if isinstance(row, tuple | list) and len(row) == 2:
+    prompt, completion = row
+    if (isinstance(prompt, str) or is_messages(prompt)) and is_completion(completion):
+      return prompt, completion
+  raise DataError(
+    f"training row {index} is {row!r:.200}; give (prompt, completion): a text or "
+    "messages, and a text or a sequence of token ids"
+  )
 
 
 def collate(rows: Sequence[TokenRow], batch_size: int, length: int) -> TrainBatch:
