@@ -46,7 +46,13 @@ from rlft.training.divergence import Guard
 from rlft.training.epochs import fit
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
-from rlft.training.pairs import PairBatch, TokenPair, collate_pairs, encode_pairs
+from rlft.training.pairs import (
+  PairBatch,
+  TokenPair,
+  check_pair_ids,
+  collate_pairs,
+  encode_pairs,
+)
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, make_step
 from rlft.training.trainee import Trainee
@@ -357,6 +363,8 @@ def train(
   dev = dev or {}
   held = {name: encode(rows) for name, rows in dev.items()}
   asked = [pair for rows in held.values() for pair in rows]
+  for model in (policy, reference or policy):
+    check_pair_ids([*pairs, *asked], model)
   per_epoch = math.ceil(len(pairs) / config.batch_size)
   planned = per_epoch * config.epochs
   trainee = Trainee(

@@ -30,6 +30,7 @@ from rlft.core.rng import check_seed
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, init_scalar, last_value, token_values
+from rlft.models.tokens import check_ids
 from rlft.objectives.preference import bradley_terry
 from rlft.objectives.supervised import binary_cross_entropy
 from rlft.rewards.learned import row_values
@@ -46,7 +47,7 @@ from rlft.training.outcomes import (
   encode_outcomes,
   outcome_batches,
 )
-from rlft.training.pairs import PairBatch, encode_pairs, pair_batches
+from rlft.training.pairs import PairBatch, check_pair_ids, encode_pairs, pair_batches
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 
@@ -196,12 +197,14 @@ def train_pairs(
   pairs = encode_pairs(
     policy.tokenizer, end, preferences, max_length=limit, chat=config.chat
   )
+  check_pair_ids(pairs, policy)
   if references:
     rows = encode_rows(
       policy.tokenizer, end, references, max_length=limit, chat=config.chat
     )
   else:
     rows = [pair.chosen for pair in pairs]
+  check_ids([row.tokens for row in rows], policy, "reference")
   start = _start(policy, "reward", config)
   epoch_of = lambda epoch: pair_batches(
     pairs,

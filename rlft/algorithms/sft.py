@@ -22,6 +22,7 @@ from rlft.core.mesh import batch_shards
 from rlft.core.rng import check_seed
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
+from rlft.models.tokens import check_ids
 from rlft.objectives.supervised import cross_entropy
 from rlft.sampling.score import token_logp
 from rlft.training.data import (
@@ -239,7 +240,7 @@ def train(
 
 def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRow]:
   if not rows or not isinstance(rows[0], TokenRow):
-    return encode_rows(
+    encoded = encode_rows(
       policy.tokenizer,
       completion_end(policy.tokenizer, policy.eos_ids, config.chat),
       rows,
@@ -247,6 +248,9 @@ def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRo
       chat=config.chat,
       loss_on=config.loss_on,
     )
+    check_ids([row.tokens for row in encoded], policy, "training row")
+    return encoded
+  check_ids([row.tokens for row in rows], policy, "training row")
   fitting = [row for row in rows if len(row.tokens) <= limit]
   if not fitting:
     raise DataError(f"all {len(rows)} rows are longer than max_length={limit} tokens")

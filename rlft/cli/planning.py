@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -117,7 +116,7 @@ def architecture(model: ModelConfig) -> DecoderConfig:
 
 def _architecture_at(path: str) -> DecoderConfig | None:
   """Of a model that lies here; nothing is downloaded for a plan."""
-  here = Path(path)
+  here = hub.expand(path)
   gguf = here.suffix == ".gguf" and here.is_file()
   return hub.architecture(path) if gguf or (here / "config.json").is_file() else None
 

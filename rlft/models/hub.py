@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import re
@@ -29,20 +30,42 @@ from rlft.models.decoder import Decoder, DecoderConfig
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What a hub repository is asked for: never a second copy of the weights (pickles, onnx,
+# GGUF, consolidated files), and shards only where there is no single file.
 _HUB_FILES = (
-  "*.json",
-  "*.safetensors",
-  "*.jinja",
-  "merges.txt",
+  "config.json",
+  "generation_config.json",
+  "model.safetensors",
+  "model.safetensors.index.json",
+  "value_head.json",
+  "value_head.safetensors",
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
   "vocab.txt",
+  "merges.txt",
   "tokenizer.model",
+  "spiece.model",
+  "sentencepiece.bpe.model",
+  "chat_template.json",
+  "chat_template.jinja",
+  "additional_chat_templates/*.jinja",
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 # What `save` may replace: a directory with anything else in it is not ours.
 _SAVED = re.compile(
   r"(generation_|tokenizer_|special_tokens_|added_)?(config|map|tokens)\.json"
-  r"|tokenizer\.(json|model)|vocab\.(json|txt)|merges\.txt|chat_template\.jinja"
+  r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt"
+  r"|(tokenizer|spiece|spm|sentencepiece(\.bpe)?)\.model"
+  r"|chat_template\.(jinja|json)"
   r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
   r"|value_head\.(json|safetensors)"
 )
@@ -101,7 +124,7 @@ def load(
     raise ConfigError(
       f"the mesh has the axes {mesh.axis_names}; make it with rlft.core.mesh.make_mesh"
     )
-  path = _locate(path_or_id)
+  path = locate(path_or_id)
   if path.is_file():
     from rlft.models import gguf
 
@@ -119,12 +142,7 @@ def load(
     tokenizer = gguf.read_tokenizer(path)
   else:
     tokenizer = _tokenizer(path)
-  if tokenizer is not None and len(tokenizer) > config.vocab_size:
-    raise CheckpointError(
-      f"{path}: the tokenizer has {len(tokenizer)} tokens, but the embedding only "
-      f"{config.vocab_size} rows; the tokenizer belongs to another model, or tokens "
-      "were added without resizing the embedding"
-    )
+  _check_tokenizer(path, tokenizer, config)
   model = Decoder(config, dtype=dtype, mesh=mesh)
   return Policy(
     model=model,
@@ -139,7 +157,7 @@ def load(
 
 def architecture(path_or_id: str | os.PathLike[str]) -> DecoderConfig:
   """What a model is, without its weights; arguments and errors as of `load`."""
-  path = _locate(path_or_id)
+  path = locate(path_or_id)
   if path.is_file():
     from rlft.models import gguf
 
@@ -171,7 +189,7 @@ def save(
       parameters are not finite or not the model's.
     ConfigError: no Hugging Face architecture computes the policy's config.
   """
-  path = pathlib.Path(path)
+  path = expand(path)
   _check_replaceable(path)
   hf = _config_to_save(policy)
   family = families.resolve(hf)
@@ -215,10 +233,16 @@ def _dtype(dtype: Any) -> Any:
   return found
 
 
-def _locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
-  path = pathlib.Path(path_or_id)
+def expand(path: str | os.PathLike[str]) -> pathlib.Path:
+  """The path with its "~": behind a "=" no shell expands it."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
+def locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
+  """The directory or GGUF file of a model, fetched from the hub where it is an id."""
+  path = expand(path_or_id)
   if path.is_dir():
-    return path
+    return _snapshot(path)
   name = str(path_or_id)
   if path.is_file():
     if path.suffix != ".gguf":
@@ -231,13 +255,35 @@ def _locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
   return _download(name)
 
 
+def _snapshot(path: pathlib.Path) -> pathlib.Path:
+  """Of a model's folder in the hub's cache the snapshot of its main branch."""
+  if (path / "config.json").is_file() or not (path / "snapshots").is_dir():
+    return path
+  main = path / "refs" / "main"
+  found = sorted(p for p in (path / "snapshots").iterdir() if p.is_dir())
+  if main.is_file():
+    found = [p for p in found if p.name == main.read_text().strip()]
+  if len(found) != 1:
+    raise CheckpointError(
+      f"{path} is a folder of the hub's cache with {len(found)} snapshots to choose "
+      "from; pass one of its snapshots/*"
+    )
+  return found[0]
+
+
 def _download(name: str) -> pathlib.Path:
   import huggingface_hub
 
+  fetch = huggingface_hub.snapshot_download
   try:
-    found = huggingface_hub.snapshot_download(
-      name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
-    )
+    found = pathlib.Path(fetch(name, allow_patterns=list(_HUB_FILES)))
+    if not (found / weights.SINGLE).is_file() and (found / weights.INDEX).is_file():
+      # A snapshot is named after its commit: the shards must be of the same one.
+      commit = found.name if _COMMIT.fullmatch(found.name) else None
+      shards = weights.files_of_index(found)
+      found = pathlib.Path(fetch(name, revision=commit, allow_patterns=shards))
+  except CheckpointError:
+    raise
   # The client raises the errors of several libraries for one cause.
   except Exception as error:
     reason = str(error).strip().split("\n")[0]
@@ -246,7 +292,7 @@ def _download(name: str) -> pathlib.Path:
       f"model of that name ({type(error).__name__}: {reason}). Check the name and the "
       "connection (HF_HUB_OFFLINE), log in if the model is gated, or pass a directory"
     ) from error
-  return pathlib.Path(found)
+  return found
 
 
 def _json(path: pathlib.Path, optional: bool = False) -> dict[str, Any]:
@@ -285,6 +331,24 @@ def _tokenizer(path: pathlib.Path) -> PreTrainedTokenizerBase | None:
       f"{path}: the tokenizer cannot be read ({type(error).__name__}: {reason}); rlft "
       "needs tokenizer.json, which AutoTokenizer.save_pretrained writes"
     ) from error
+
+
+def _check_tokenizer(path: pathlib.Path, tokenizer: Any, config: DecoderConfig) -> None:
+  """Warns of tokens that have no row; `tokens.check_ids` refuses those that are used.
+
+  Published models have such tokenizers: a pad token that was never trained.
+  """
+  vocab = {} if tokenizer is None else tokenizer.get_vocab()
+  beyond = sorted(t for t, i in vocab.items() if i >= config.vocab_size)
+  if beyond:
+    log.warning(
+      "%s: the tokenizer has %d tokens beyond the %d rows of the embedding (%s): texts "
+      "that hold them are refused",
+      path,
+      len(beyond),
+      config.vocab_size,
+      ", ".join(map(repr, beyond[:3])),
+    )
 
 
 def _eos_ids(generation, hf, config: DecoderConfig) -> tuple[int, ...]:
@@ -328,12 +392,20 @@ def _check_replaceable(path: pathlib.Path) -> None:
     raise CheckpointError(f"{path} is a file; give a directory")
   if not path.is_dir():
     return
-  foreign = sorted(p.name for p in path.iterdir() if not _SAVED.fullmatch(p.name))
+  foreign = sorted(p.name for p in path.iterdir() if not _ours(p))
   if foreign:
     raise CheckpointError(
       f"{path} holds {foreign[0]!r}, which is not part of a saved model and would be "
       "deleted; save to a new directory"
     )
+
+
+def _ours(path: pathlib.Path) -> bool:
+  if not path.is_dir():
+    return bool(_SAVED.fullmatch(path.name))
+  return path.name == "additional_chat_templates" and all(
+    file.suffix == ".jinja" for file in path.iterdir()
+  )
 
 
 def _replace(new: pathlib.Path, path: pathlib.Path) -> None:

@@ -9,25 +9,59 @@ import copy
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlft.core import rng
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import sharding
 from rlft.models.decoder import param_axes
 
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
+  from rlft.models.scalar import ScalarModel
 
 # In standard deviations of the old rows. Measured: a row's largest probability at any
 # place of 4 texts, over 1 / V, at noise 0, 0.3 and 1 is 0.2, 0.4 and 2.8 for the mini
 # model, and 0.03, 0.8 and 92,306 (all of it) for SmolLM2-135M. At 0.01 two tokens are
 # nearly one, and training has to tear them apart first.
 NOISE = 0.3
+
+
+def check_ids(
+  rows: Iterable[Sequence[int]], model: Policy | ScalarModel, name: str
+) -> None:
+  """Raises `DataError` for an id that the embedding has no row for.
+
+  A compiled program would read another row instead. Tokenizers of published models can
+  have a few tokens more than the embedding has rows.
+
+  Args:
+    rows: token ids.
+    model: gives the vocabulary, and the tokenizer that knows the token's text.
+    name: of such a row, for the message.
+  """
+  size = model.config.vocab_size
+  for i, row in enumerate(rows):
+    ids = np.asarray(row)
+    if not ids.size or (ids.min() >= 0 and ids.max() < size):
+      continue
+    wrong = int(ids[(ids < 0) | (ids >= size)][0])
+    vocab = {} if model.tokenizer is None else model.tokenizer.get_vocab()
+    token = next((token for token, at in vocab.items() if at == wrong), None)
+    if token is None:
+      raise DataError(
+        f"{name} {i} has the token id {wrong}, but the model has a vocabulary of "
+        f"{size}; was it made by another tokenizer?"
+      )
+    raise DataError(
+      f"{name} {i} has the token {token!r} (id {wrong}), but the embedding has only "
+      f"{size} rows; leave it out, or give it one with rlft.models.tokens.add_tokens"
+    )
 
 
 def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
@@ -37,8 +71,9 @@ def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
 
   The tokens are special ones: text is never merged into them, and they are no part of a
   completion's text. An embedding that is padded beyond its tokenizer gives its free
-  rows; else it grows. A mesh gets the new arrays by its rules (`core.mesh`): a
-  vocabulary that its axis does not divide any more is copied.
+  rows; else it grows, and tokens that the tokenizer had beyond it get rows too. A mesh
+  gets the new arrays by its rules (`core.mesh`): a vocabulary that its axis does not
+  divide any more is copied.
 
   Args:
     policy: the model and its tokenizer.
@@ -75,17 +110,20 @@ def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
         f"{token!r} is an ordinary token of this tokenizer, which texts may hold; "
         "choose another one"
       )
+  rows = policy.config.vocab_size
   new = [token for token in tokens if token not in vocab]
-  if not new:
+  rowless = [token for token, i in vocab.items() if i >= rows]
+  if not new and not set(tokens) & set(rowless):
     return policy
   from transformers import AddedToken
 
   tokenizer = copy.deepcopy(old)
   added = [AddedToken(token, special=True, normalized=False) for token in new]
   tokenizer.add_tokens(added, special_tokens=True)
+  new += rowless  # the table grows over them
   ids = tuple(tokenizer.convert_tokens_to_ids(new))
   config = dataclasses.replace(
-    policy.config, vocab_size=max(policy.config.vocab_size, *(i + 1 for i in ids))
+    policy.config, vocab_size=max(rows, *(i + 1 for i in ids))
   )
   model = policy.model.clone(config=config)
   params, axes = dict(policy.params), param_axes(model)
@@ -97,7 +135,10 @@ def add_tokens(policy: Policy, tokens: Sequence[str], seed: int = 0) -> Policy:
     # By name: a token's row does not depend on which others are added with it.
     keys = [jax.random.fold_in(own, zlib.crc32(token.encode())) for token in new]
     grow = functools.partial(
-      _grow, used=max(vocab.values()) + 1, ids=ids, axis=axes[name].index("vocab")
+      _grow,
+      used=min(max(vocab.values()) + 1, rows),
+      ids=ids,
+      axis=axes[name].index("vocab"),
     )
     place = _layout(params[name], model.mesh, axes[name], config.vocab_size)
     grow = jax.jit(grow, static_argnames="size", out_shardings=place)

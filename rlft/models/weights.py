@@ -68,18 +68,7 @@ class Directory:
 
   def _read_index(self, path: pathlib.Path) -> None:
     """Finds what the files of an index hold, which need not be what it promises."""
-    index = path / INDEX
-    try:
-      promised = json.loads(index.read_bytes())["weight_map"]
-      files = sorted(set(promised.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-      raise CheckpointError(f"{index} is damaged: it has no 'weight_map'") from error
-    if not files:
-      raise CheckpointError(f"{index} is damaged: its 'weight_map' is empty")
-    for file in files:
-      # No way out of the directory.
-      if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-        raise CheckpointError(f"{index} names {file!r}, which is not a plain file name")
+    promised, files = _index(path)
     missing = [file for file in files if not (path / file).is_file()]
     if missing:
       raise CheckpointError(
@@ -114,6 +103,28 @@ class Directory:
 
   def chunks(self, name: str, whole: bool) -> Iterator[tuple[int, np.ndarray]]:
     return self._files[name].chunks(name, whole)
+
+
+def files_of_index(path: pathlib.Path) -> list[str]:
+  """The weight files that a directory's index names."""
+  return _index(path)[1]
+
+
+def _index(path: pathlib.Path) -> tuple[dict[str, str], list[str]]:
+  """Tensor -> file, and the files."""
+  index = path / INDEX
+  try:
+    promised = json.loads(index.read_bytes())["weight_map"]
+    files = sorted(set(promised.values()))
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise CheckpointError(f"{index} is damaged: it has no 'weight_map'") from error
+  if not files:
+    raise CheckpointError(f"{index} is damaged: its 'weight_map' is empty")
+  for file in files:
+    # No way out of the directory.
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise CheckpointError(f"{index} names {file!r}, which is not a plain file name")
+  return promised, files
 
 
 def _no_weights(path: pathlib.Path) -> CheckpointError:

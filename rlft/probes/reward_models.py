@@ -17,7 +17,7 @@ from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end
 from rlft.training.outcomes import Outcome, check_outcomes, encode_outcomes
-from rlft.training.pairs import TokenPair, encode_pairs
+from rlft.training.pairs import TokenPair, check_pair_ids, encode_pairs
 
 
 def accuracy(
@@ -43,6 +43,7 @@ def accuracy(
   end = completion_end(scalar.tokenizer, scalar.eos_ids, chat)
   limit = min(max_length, scalar.config.max_positions)
   pairs = encode_pairs(scalar.tokenizer, end, preferences, max_length=limit, chat=chat)
+  check_pair_ids(pairs, scalar)
   gap_N = pair_gaps(scalar, pairs)
   prompts = [preferences[pair.source].prompt for pair in pairs]
   wins_N = (np.sign(gap_N) + 1) / 2

@@ -70,7 +70,7 @@ def every_value(
 
 
 def _run(program, scalar: ScalarModel, tokens, mask, max_tokens) -> np.ndarray:
-  tokens, mask = check_rows(tokens, mask, scalar.config)
+  tokens, mask = check_rows(tokens, mask, scalar)
   run = functools.partial(program, scalar.model, scalar.params)
   return in_blocks(run, scalar.model.mesh, tokens, mask, max_tokens)
 

@@ -26,11 +26,11 @@ from rlft.core.mesh import ROLLOUT_RULES, batch_shards, tree_shardings
 from rlft.core.types import Rollout
 from rlft.models.decoder import (
   Decoder,
-  DecoderConfig,
   param_axes,
   param_shapes,
   unstack_layers,
 )
+from rlft.models.tokens import check_ids
 from rlft.sampling import decode as device
 from rlft.sampling.buckets import bucket
 from rlft.sampling.lanes import Lanes
@@ -221,7 +221,7 @@ def generate(
     prompt_ids.ndim == 1 and prompt_ids.min() >= 0 and prompt_ids.max() < 2**31
   ):
     raise ConfigError(f"prompt_ids={prompt_ids!r}: give integers from 0 to 2**31 - 1")
-  forced = [_checked(row, f"forced {i}", config) for i, row in enumerate(forced)]
+  forced = _checked(forced, policy, "forced")
   if again and stop:
     raise ConfigError(f"again={again!r} and stop={stop!r}: give one of them")
   lengths = np.array([len(x) for x in ids])
@@ -310,7 +310,7 @@ def _encode(policy: Policy, prompts, chat: bool) -> list[list[int]]:
     if policy.tokenizer is None:
       raise DataError("the policy has no tokenizer: give prompts as lists of token ids")
     prompts = encode_prompts(policy.tokenizer, prompts, chat)
-  ids = [_checked(p, f"prompt {i}", policy.config) for i, p in enumerate(prompts)]
+  ids = _checked(prompts, policy, "prompt")
   for i, row in enumerate(ids):
     if not row:
       raise DataError(f"prompt {i} is empty: there is nothing to continue")
@@ -321,18 +321,18 @@ def _is_int(value: Any) -> bool:
   return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def _checked(row: Any, name: str, config: DecoderConfig) -> list[int]:
-  """The row as a list of ints, all of them in the vocabulary."""
-  try:
-    ids = [operator.index(token) for token in row]
-  except TypeError as error:
-    raise DataError(f"{name} is {row!r}; give a list of integer token ids") from error
-  if ids and not (min(ids) >= 0 and max(ids) < config.vocab_size):
-    raise DataError(
-      f"{name} has token ids from {min(ids)} to {max(ids)}, but the model has a "
-      f"vocabulary of {config.vocab_size}; was another tokenizer used?"
-    )
-  return ids
+def _checked(rows: Sequence[Any], policy: Policy, name: str) -> list[list[int]]:
+  """The rows as lists of ints, all of them in the vocabulary."""
+  out = []
+  for i, row in enumerate(rows):
+    try:
+      out.append([operator.index(token) for token in row])
+    except TypeError as error:
+      raise DataError(
+        f"{name} {i} is {row!r}; give a list of integer token ids"
+      ) from error
+  check_ids(out, policy, name)
+  return out
 
 
 def _settings(count: int, **given) -> dict[str, np.ndarray]:

@@ -18,13 +18,15 @@ from jax.sharding import Mesh
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import batch_shards
-from rlft.models.decoder import Decoder, DecoderConfig, positions_from_mask
+from rlft.models.decoder import Decoder, positions_from_mask
 from rlft.models.heads import lm_logp
+from rlft.models.tokens import check_ids
 from rlft.sampling.buckets import bucket
 from rlft.sampling.logits import MIN_TEMPERATURE
 
 if TYPE_CHECKING:
   from rlft.models.hub import Policy
+  from rlft.models.scalar import ScalarModel
 
 
 def token_logp(
@@ -218,7 +220,7 @@ def score(
       f"temperature={temperature}: log-probabilities need a positive temperature, at "
       f"least {MIN_TEMPERATURE} (score greedy samples at temperature 1)"
     )
-  tokens, mask = check_rows(tokens, mask, policy.model.config)
+  tokens, mask = check_rows(tokens, mask, policy)
   if not tokens.size:
     return np.zeros(tokens.shape, np.float32)
   run = lambda *block: _jit_token_logp(
@@ -229,7 +231,9 @@ def score(
   ]
 
 
-def check_rows(tokens, mask, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
+def check_rows(
+  tokens, mask, model: Policy | ScalarModel
+) -> tuple[np.ndarray, np.ndarray]:
   """Rows that a model can read, as int32 and bool [B, T]; 0 under the pads.
 
   Raises:
@@ -242,17 +246,10 @@ def check_rows(tokens, mask, config: DecoderConfig) -> tuple[np.ndarray, np.ndar
     )
   if not np.issubdtype(tokens.dtype, np.integer):
     raise DataError(f"tokens have dtype {tokens.dtype}; give integer token ids")
-  real = tokens[mask]
-  if real.size and not (real.min() >= 0 and real.max() < config.vocab_size):
-    raise DataError(
-      f"token ids run from {real.min()} to {real.max()}, but the model has a "
-      f"vocabulary of {config.vocab_size}; were they made by another tokenizer?"
-    )
-  longest = int(mask.sum(1).max(initial=0))
-  if longest > config.max_positions:
-    raise DataError(
-      f"a row has {longest} tokens, the model at most {config.max_positions}; cut it"
-    )
+  check_ids((row[real] for row, real in zip(tokens, mask)), model, "row")
+  longest, most = int(mask.sum(1).max(initial=0)), model.config.max_positions
+  if longest > most:
+    raise DataError(f"a row has {longest} tokens, the model at most {most}; cut it")
   return np.where(mask, tokens, 0).astype(np.int32), mask
 
 

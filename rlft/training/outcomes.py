@@ -18,6 +18,7 @@ from rlft.core.rng import Purpose
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel
+from rlft.models.tokens import check_ids
 from rlft.rewards.verifiable import Judge, Steps, judge_all, step_ends
 from rlft.training.data import (
   TokenRow,
@@ -164,6 +165,7 @@ def encode_outcomes(
     max_length=1 << 30,
     chat=chat,
   )
+  check_ids([row.tokens for row in encoded], model, "outcome")
   if read == "all":
     return encoded
   out = []

@@ -15,6 +15,9 @@ from flax import struct
 from jax.sharding import Mesh
 
 from rlft.core.errors import DataError
+from rlft.models.hub import Policy
+from rlft.models.scalar import ScalarModel
+from rlft.models.tokens import check_ids
 from rlft.tasks.preferences import Preference
 from rlft.training.data import TokenRow, encode_rows, grouped, place
 
@@ -111,6 +114,13 @@ def encode_pairs(
   if same or long:
     log.warning("%d of %d pairs were dropped: %s", same + long, len(preferences), why)
   return out
+
+
+def check_pair_ids(pairs: Sequence[TokenPair], model: Policy | ScalarModel) -> None:
+  """Raises `DataError` for a token that the model has no row for."""
+  for side in ("chosen", "rejected"):
+    rows = (getattr(pair, side).tokens for pair in pairs)
+    check_ids(rows, model, f"the {side} side of pair")
 
 
 def collate_pairs(

@@ -220,6 +220,14 @@ def test_pairs_that_teach_nothing(policy, pairs, caplog):
   assert "1 of 8 pairs were dropped" in caplog.text
 
 
+def test_tokens_that_the_embedding_has_no_row_for(policy, pairs):
+  config = dataclasses.replace(policy.config, vocab_size=20)
+  short = dataclasses.replace(policy, config=config)
+  for models in ((short, None), (policy, short)):
+    with pytest.raises(DataError, match=r"chosen side of pair 0 has the token .*20 ro"):
+      dpo.train(models[0], pairs[:8], CONFIG, models[1])
+
+
 def test_a_reference_that_reads_less_bounds_the_pairs(policy, stranger, pairs):
   config = dataclasses.replace(stranger.config, max_positions=4)
   model = stranger.model.clone(config=config)

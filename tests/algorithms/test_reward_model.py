@@ -159,6 +159,15 @@ def test_pairs_that_cannot_be_trained_on(policy, pairs):
 # --------------------------------------------------------------------------- outcomes
 
 
+def test_tokens_that_the_embedding_has_no_row_for(policy, pairs):
+  config = dataclasses.replace(policy.config, vocab_size=20)
+  short = dataclasses.replace(policy, config=config)
+  with pytest.raises(DataError, match=r"chosen side of pair 0 has the token .*20 rows"):
+    rm.train_pairs(short, pairs, CONFIG)
+  with pytest.raises(DataError, match=r"outcome 0 has the token .*20 rows"):
+    encode_outcomes(short, [outcomes_by_hand()[0]], "all")
+
+
 def outcomes_by_hand():
   rows = [Outcome(i, "12", (5, 6, 7, 8 + i), (1, 2), float(i % 2)) for i in range(4)]
   return [*rows, Outcome(4, "3", (9,), (), 0.25)]

@@ -257,6 +257,14 @@ def test_rows_that_are_encoded_keep_their_weights(policy, rows, caplog):
     sft.train(policy, [long], CONFIG)
 
 
+def test_tokens_that_the_embedding_has_no_row_for(policy, rows):
+  config = dataclasses.replace(policy.config, vocab_size=20)
+  short = dataclasses.replace(policy, config=config)
+  for given in (rows, [TokenRow((1, 2, 20), (0.0, 1.0, 1.0))]):
+    with pytest.raises(DataError, match=r"training row 0 has the token .*20 rows"):
+      sft.train(short, given, CONFIG)
+
+
 def test_policies_that_cannot_be_trained(policy, rows):
   with pytest.raises(ConfigError, match="no tokenizer"):
     sft.train(dataclasses.replace(policy, tokenizer=None), rows, CONFIG)

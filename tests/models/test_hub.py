@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import pathlib
 import shutil
@@ -262,10 +263,6 @@ BAD = {
     lambda p: _edit_arrays(p, lambda a: _rename(a, lambda n: "module." + n)),
     r"21 of 21 tensors are missing.*it holds instead: module\.lm_head\.weight",
   ),
-  "tokenizer too large": (
-    lambda p: add_tokenizer(p, 73),
-    r"the tokenizer has 73 tokens, but the embedding only 72 rows",
-  ),
   "tokenizer damaged": (
     lambda p: (p / "tokenizer.json").write_text('{"model"'),
     "the tokenizer cannot be read",
@@ -319,17 +316,100 @@ def test_a_hub_id_without_the_network(monkeypatch):
     hub.load("nobody/nothing")
 
 
-def test_a_hub_id_fetches_no_code(monkeypatch, folder):
-  asked = {}
+@pytest.fixture
+def hub_of(monkeypatch, tmp_path):
+  """A hub that gives the files of a directory which a client asks for."""
+  asked = []
 
-  def download(name, allow_patterns, ignore_patterns):
-    asked.update(name=name, patterns=allow_patterns)
-    return str(folder)
+  def download(name, allow_patterns, revision=None):
+    asked.append(revision)
+    to = tmp_path / "cache" / ("a1" * 20)
+    for file in sorted(p for p in download.at.rglob("*") if p.is_file()):
+      path = file.relative_to(download.at)
+      if any(fnmatch.fnmatch(str(path), pattern) for pattern in allow_patterns):
+        (to / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, to / path)
+    return str(to)
+
+  def serve(path):
+    download.at = path
+    return asked
 
   monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-  assert hub.load("owner/name").config == hub.load(folder).config
-  assert asked["name"] == "owner/name"
-  assert not any(p.endswith((".py", ".bin", "*")) for p in asked["patterns"])
+  return serve
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_hub_id_fetches_what_is_read_and_nothing_else(
+  hub_of, folder, tmp_path, sharded
+):
+  add_tokenizer(folder, 50)
+  (folder / "golden.npz").unlink()
+  if sharded:
+    _shard(folder)
+  whole = hub.load(folder)
+  read = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+  index = {"weight_map": {EMBEDDING: "model-00001-of-00003.safetensors"}}
+  for name in (
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "consolidated.safetensors",
+    "modeling.py",
+    "model.gguf",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "original/tokenizer.model",
+    "tf_model.h5",
+    "README.md",
+    "model.fp16.safetensors",
+  ):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+  if not sharded:  # both kinds: the single file is the model
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-00001-of-00003.safetensors").write_text("x")
+    read.add("model.safetensors.index.json")
+  asked = hub_of(folder)
+  assert_equal(hub.load("owner/name").params, whole.params)
+  got = tmp_path / "cache" / ("a1" * 20)
+  fetched = {str(p.relative_to(got)) for p in got.rglob("*") if p.is_file()}
+  assert fetched == read
+  assert asked == [None, "a1" * 20] if sharded else [None]
+
+
+def test_a_folder_of_the_hubs_cache(folder, tmp_path):
+  root = tmp_path / "models--owner--name"
+  for commit in ("aa", "bb"):
+    shutil.copytree(folder, root / "snapshots" / commit)
+  _edit_config(root / "snapshots" / "aa", vocab_size=71)
+  with pytest.raises(CheckpointError, match=r"2 snapshots to choose.*snapshots/\*"):
+    hub.load(root)
+  (root / "refs").mkdir()
+  (root / "refs" / "main").write_text("bb")
+  assert hub.load(root).config.vocab_size == 72
+
+
+def test_a_home_directory_in_a_path(folder, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  policy = hub.load("~/model")
+  hub.save(policy, "~/saved")
+  assert (tmp_path / "saved" / "config.json").is_file()
+  assert hub.architecture("~/saved") == policy.config
+
+
+def test_a_tokenizer_with_more_tokens_than_rows(folder, caplog):
+  add_tokenizer(folder, 74)
+  with caplog.at_level("WARNING"):
+    policy = hub.load(folder)
+  (record,) = [r for r in caplog.records if r.name == "rlft.models.hub"]
+  assert "2 tokens beyond the 72 rows of the embedding ('w72', 'w73')" in (
+    record.getMessage()
+  )
+  caplog.clear()
+  add_tokenizer(folder, 72)
+  hub.load(folder)
+  assert not caplog.records
+  assert len(policy.tokenizer) == 74
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "float", None, jnp.int32])
@@ -593,6 +673,34 @@ def test_saving_replaces_a_model_and_nothing_else(tmp_path):
     hub.save(policy, out / "thesis.tex")
   assert (out / "thesis.tex").read_text() == "years of work"
   assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_again(tmp_path):
+  policy, out = hub.load(GOLDEN / "llama"), tmp_path / "out"
+  add_tokenizer(tmp_path / "words", 50)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "words")
+  tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+  policy = dataclasses.replace(policy, tokenizer=tokenizer)
+  hub.save(policy, out)
+  for name in (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+    "chat_template.json",
+  ):
+    (out / name).write_text("of another version of transformers")
+  hub.save(policy, out)
+  assert hub.load(out).tokenizer.chat_template == tokenizer.chat_template
+  mine = out / "additional_chat_templates" / "thesis.tex"
+  mine.write_text("years of work")
+  with pytest.raises(CheckpointError, match="'additional_chat_templates', which is no"):
+    hub.save(policy, out)
+  assert mine.read_text() == "years of work"
 
 
 def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import tokenizers
 import transformers
 
 import rlft
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.models.decoder import (
   Decoder,
@@ -25,7 +27,7 @@ from rlft.models.decoder import (
 )
 from rlft.models.heads import lm_logits
 from rlft.models.hub import Policy
-from rlft.models.tokens import add_tokens
+from rlft.models.tokens import add_tokens, check_ids
 from rlft.sampling.stops import decode_completion, token_bytes
 
 MINI = pathlib.Path(rlft.__file__).parent / "assets" / "mini"
@@ -209,3 +211,49 @@ def test_what_cannot_be_added(mini, tokens, match):
 def test_a_policy_without_a_tokenizer(mini):
   with pytest.raises(ConfigError, match="no tokenizer"):
     add_tokens(dataclasses.replace(mini, tokenizer=None), LABELS)
+
+
+# ------------------------------------------------------- more tokens than rows
+
+
+@pytest.fixture(scope="module")
+def short(mini):
+  """A policy whose tokenizer has one token more than the embedding has rows."""
+  last = max(mini.tokenizer.get_vocab().values())
+  return dataclasses.replace(
+    mini, config=dataclasses.replace(mini.config, vocab_size=last)
+  )
+
+
+def test_a_token_without_a_row_is_named(short):
+  vocab = short.tokenizer.get_vocab()
+  last = max(vocab.values())
+  token = next(token for token, i in vocab.items() if i == last)
+  check_ids([[0, last - 1], [], np.array([1])], short, "row")
+  message = re.escape(f"prompt 1 has the token {token!r} (id {last}), but the embedd")
+  with pytest.raises(DataError, match=message):
+    check_ids([[0], (1, last)], short, "prompt")
+  for wrong in (-1, 10**6, 10**30):
+    with pytest.raises(DataError, match=f"row 0 has the token id {wrong}, but the mod"):
+      check_ids([[1, wrong]], short, "row")
+  with pytest.raises(DataError, match=re.escape(repr(token))):
+    rlft.generate(short, [[1, last]], max_new_tokens=1)
+  with pytest.raises(DataError, match=re.escape(repr(token))):
+    rlft.score(short, np.array([[1, last]]), np.ones((1, 2), bool))
+
+
+def test_a_token_without_a_row_can_be_given_one(mini):
+  grown = copy.deepcopy(mini.tokenizer)
+  grown.add_tokens(["[A]", "[B]"], special_tokens=True)
+  more = add_tokens(dataclasses.replace(mini, tokenizer=grown), ["[B]", "[C]"])
+  a, b, c = more.tokenizer.convert_tokens_to_ids(["[A]", "[B]", "[C]"])
+  assert more.config.vocab_size == c + 1
+  rows = np.asarray(more.params["embedding"])
+  old = np.asarray(mini.params["embedding"])
+  np.testing.assert_array_equal(rows[: len(old)], old)
+  scale = np.linalg.norm(old, axis=1).mean()
+  for i in (a, b, c):  # "[A]" lies below them: its row is no zero
+    assert 0.05 < np.linalg.norm(rows[i]) / scale < 1.5
+  assert add_tokens(dataclasses.replace(mini, tokenizer=grown), ["[B]"]).config == (
+    dataclasses.replace(mini.config, vocab_size=b + 1)
+  )

@@ -521,7 +521,7 @@ def no_device(monkeypatch):
     ("abc", "one string"),
     ([[1], []], "prompt 1 is empty"),
     ([""], "prompt 0 is empty"),
-    ([[1], [2, 72]], "prompt 1 has token ids from 2 to 72"),
+    ([[1], [2, 72]], "prompt 1 has the token id 72"),
     ([[-1]], "vocabulary of 72"),
     ([[1.5]], "integer token ids"),
     ([1, 2], "integer token ids"),

@@ -193,7 +193,7 @@ def test_temperatures_that_have_no_log_probs(policy, temperature):
     ([[1, 2]], [[1, 1, 1]], "must both be"),
     ([[1.0, 2.0]], [[1, 1]], "integer token ids"),
     ([[1, 72]], [[1, 1]], "vocabulary of 72"),
-    ([[-1, 2]], [[1, 1]], "token ids run from -1"),
+    ([[-1, 2]], [[1, 1]], "row 0 has the token id -1"),
     (np.ones((1, 129), int), np.ones((1, 129)), "129 tokens, the model at most 128"),
   ],
 )
