@@ -30,6 +30,8 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "full") -> ConfigDict:
   """`:full`, or `:cpu` for what two cores do in about an hour."""
+  if size not in ("full", "cpu"):
+    raise ValueError(f"{size!r}: full or cpu")
   small = size == "cpu"
   train = dict(
     optimizer=dict(learning_rate=5e-5, warmup_steps=10, schedule="cosine"),

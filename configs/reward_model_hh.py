@@ -26,6 +26,8 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "full") -> ConfigDict:
   """`:full`, or `:cpu` for what two cores do in minutes with a tiny model."""
+  if size not in ("full", "cpu"):
+    raise ValueError(f"{size!r}: full or cpu")
   small = size == "cpu"
   return ConfigDict(
     dict(

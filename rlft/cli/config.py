@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlft.cli import fields
-from rlft.cli.overrides import apply_overrides
+from rlft.cli import fields, unused
+from rlft.cli.overrides import Overrides, apply_overrides
 from rlft.cli.typed import to_dataclass
 from rlft.core.errors import ConfigError
 
@@ -87,13 +87,20 @@ def from_args(args: argparse.Namespace, cls: type[T]) -> T:
 
   config = load(args.config) if args.config else ml_collections.ConfigDict()
   _check_command(args.config, config, cls)
-  apply_overrides(config, args.overrides, cls)
-  settings = to_dataclass(cls, config)
+  settings = resolve(config, args.overrides, cls)
   if not getattr(args, "allow_changed", None):
     return settings
   names = tuple(name.strip() for name in args.allow_changed.split(",") if name.strip())
   keep = dataclasses.replace(settings.checkpoint, allow_changed=names)
   return dataclasses.replace(settings, checkpoint=keep)
+
+
+def resolve(config: ConfigDict, overrides: Overrides, cls: type[T]) -> T:
+  """The settings that a file and overrides of it give; none of them is in vain."""
+  apply_overrides(config, overrides, cls)
+  settings = to_dataclass(cls, config)
+  unused.check(settings)
+  return settings
 
 
 def _check_command(spec: str | None, config: ConfigDict, cls: type) -> None:

@@ -127,5 +127,4 @@ def _settings(args: argparse.Namespace) -> Any:
       "one of these algorithms"
     )
   cls = RUNS[named[0]]
-  configs.apply_overrides(config, args.overrides, cls)
-  return configs.to_dataclass(cls, config)
+  return configs.resolve(config, args.overrides, cls)

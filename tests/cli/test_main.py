@@ -66,6 +66,7 @@ def checkout(tmp_path_factory) -> Path:
     "fields",
     "overrides",
     "typed",
+    "unused",
     "interrupts",
   ):
     name = f"{module}.py"
