@@ -150,6 +150,18 @@ _ENDS = {
 }
 
 
+def _kinds(header: Header, tokens: list[Any]) -> list[int]:
+  """Types of the tokens; as in llama.cpp an end is a control token, whatever it says.
+
+  Only where no text would hold it: "</s>" is also a piece of HTML.
+  """
+  kinds = header.require("tokenizer.ggml.token_type", list)
+  sure = [isinstance(t, str) and t in _ENDS and t[1:2] in "|｜" for t in tokens]
+  return [_CONTROL if end else kind for end, kind in zip(sure, kinds)] + kinds[
+    len(sure) :
+  ]
+
+
 def read_ends(path: str | pathlib.Path) -> dict[str, Any]:
   """What the file's generation_config.json would say: the tokens that end a completion.
 
@@ -165,9 +177,8 @@ def read_ends(path: str | pathlib.Path) -> dict[str, Any]:
   header = open_gguf(path)
   keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
   ids = [header.get(key, int) for key in keys]
-  tokens, kinds = (
-    header.get(f"tokenizer.ggml.{key}", list, []) for key in ("tokens", "token_type")
-  )
+  tokens = header.require("tokenizer.ggml.tokens", list)
+  kinds = _kinds(header, tokens)
   if ids[0] is None and header.get("tokenizer.ggml.model", str) == "llama":
     ids[0] = _DEFAULTS["eos"]
   ids += [
@@ -210,7 +221,7 @@ def read_tokenizer(
       "tokenizer.json instead."
     )
   tokens = header.require("tokenizer.ggml.tokens", list)
-  kinds = header.require("tokenizer.ggml.token_type", list)
+  kinds = _kinds(header, tokens)
   vocab = {t: i for i, (t, k) in enumerate(zip(tokens, kinds)) if k != _UNUSED}
   if (
     len(kinds) != len(tokens)

@@ -286,6 +286,16 @@ def test_ends_are_those_that_llama_cpp_knows(tmp_path, values, ends):
   assert read_ends(tmp_path / "m.gguf").get("eos_token_id") == ends
 
 
+def test_an_end_is_a_control_token_whatever_its_type_says(tmp_path):
+  tokens = ["<s>", "a", "b", "ab", "[PAD]", "<|im_end|>", "</s>"]
+  base = BPE | {"tokens": tokens, "token_type": [3, 1, 1, 1, 5, 1, 1]}
+  write(tmp_path / "m.gguf", base=base)
+  assert read_ends(tmp_path / "m.gguf") == {"eos_token_id": [5]}
+  tokenizer = read_tokenizer(tmp_path / "m.gguf")
+  assert tokenizer.encode("a<|im_end|>") == [1, 5]
+  assert tokenizer.decode([1, 5], skip_special_tokens=True) == "a"
+
+
 def test_a_sentencepiece_file_ends_with_its_second_token(tmp_path, llama):
   write(tmp_path / "m.gguf", base=llama[0])
   assert read_ends(tmp_path / "m.gguf") == {"eos_token_id": [2]}
