@@ -425,6 +425,10 @@ def test_checkpoints_of_the_bare_trunk_have_no_prefix(tmp_path):
     ({"hidden_size": None}, "'hidden_size' is None"),
     ({"hidden_size": "2048"}, "'hidden_size' is '2048'"),
     ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' is nan"),
+    ({"rms_norm_eps": -1.0}, "'rms_norm_eps' is -1.0; it must be positive"),
+    ({"num_key_value_heads": 5}, "'num_attention_heads' is 32, which is not a mult"),
+    ({"num_attention_heads": 4096, "head_dim": None}, "'head_dim' is 0"),
+    ({"architectures": 7}, "'architectures' is 7; it must be a list"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
   ],
 )
@@ -432,6 +436,36 @@ def test_configs_that_we_do_not_compute_are_refused(change, message):
   hf = _LLAMA32 | change
   with pytest.raises(CheckpointError, match=message):
     families.resolve(hf).from_hf(hf)
+
+
+# What a null means in transformers: another value of the config, or none.
+_NULLS = {"head_dim", "n_inner", "num_key_value_heads", "word_embed_proj_dim"}
+_NULLS |= {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+_FLOATS = {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_number_that_is_none_is_named(name):
+  hf = json.loads((GOLDEN / name / "config.json").read_text())
+  family, read = families.resolve(hf), 0
+  config = family.from_hf(hf)
+  for key, value in hf.items():
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      continue
+    bad = [[], [value], {}, "7", str(value), True, float("nan"), 10**400]
+    if key not in _NULLS:
+      bad.append(None)
+    if isinstance(value, int) and key not in _FLOATS:
+      bad += [-3, 0.5, 10**12]
+    for wrong in bad:
+      try:
+        found = family.from_hf(hf | {key: wrong})
+      except CheckpointError as error:
+        assert repr(key) in str(error) and repr(wrong)[:60] in str(error), wrong
+        read += 1
+      else:
+        assert found == config, f"{key}={wrong!r:.60} is taken for a number"
+  assert read > 60  # else nothing was read
 
 
 def test_the_tanh_approximation_has_many_names():
@@ -444,6 +478,8 @@ def test_layer_types_must_fit():
   hf = _GEMMA3 | {"layer_types": ["sliding_attention", "chunked_attention"]}
   with pytest.raises(CheckpointError, match=r"2 entries for 26.*chunked_attention"):
     families.resolve(hf).from_hf(hf)
+  with pytest.raises(CheckpointError, match="'layer_types' is 7; give a list"):
+    families.resolve(hf).from_hf(hf | {"layer_types": 7})
 
 
 def test_a_config_that_no_family_computes_cannot_be_saved():

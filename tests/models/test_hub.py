@@ -190,6 +190,26 @@ BAD = {
     lambda p: _edit_config(p, intermediate_size=44),
     r"mlp.down_proj.weight' has the shape \(32, 40\), but.* makes it \(32, 44\)",
   ),
+  "a billion layers": (
+    lambda p: _edit_config(p, num_hidden_layers=10**9),
+    "'num_hidden_layers' is 1000000000; at most 10000",
+  ),
+  "many layers": (
+    lambda p: _edit_config(p, num_hidden_layers=9_999),
+    "89973 of 89994 tensors are missing: model.layers.10.input",
+  ),
+  "a vocabulary of a trillion": (
+    lambda p: _edit_config(p, vocab_size=10**12),
+    "'vocab_size' is 1000000000000; at most 2147483647",
+  ),
+  "a huge vocabulary": (
+    lambda p: _edit_config(p, vocab_size=2 * 10**9),
+    rf"'{EMBEDDING}' has the shape \(72, 32\), but .* it \(2000000000, 32\)",
+  ),
+  "a huge width": (
+    lambda p: _edit_config(p, hidden_size=2**31 - 1, intermediate_size=2**31 - 1),
+    "has the shape",
+  ),
   "wrong dtype": (
     lambda p: _edit_header(p, lambda h: h[EMBEDDING].update(dtype="I32")),
     rf"'{EMBEDDING}' has the dtype I32; supported: F64, F32, F16, BF16",

@@ -51,6 +51,10 @@ def resolve(hf: dict[str, Any]) -> Family:
       "use the unquantised checkpoint, or a GGUF file, which is dequantised on loading"
     )
   architectures = hf.get("architectures") or []
+  if not isinstance(architectures, list):
+    raise CheckpointError(
+      f"config.json: 'architectures' is {architectures!r:.80}; it must be a list"
+    )
   # Published Phi-3 still names the code that transformers has had since as its own.
   if hf.get("auto_map") and architectures != [PHI3.architecture]:
     raise CheckpointError(

@@ -42,7 +42,7 @@ def _to_settings(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _scale(hf: dict[str, Any]) -> float:
-  return table.number(hf, "query_pre_attn_scalar", 256.0) ** -0.5
+  return table.positive(hf, "query_pre_attn_scalar", 256.0) ** -0.5
 
 
 def _sandwich_to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -118,7 +118,8 @@ def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
   if near_scaling is not None:
     raise CheckpointError("config.json: Gemma 3's local layers take no rotary scaling")
   far = table.rope(hf, dim, far, theta=1e6)
-  pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
+  key = "sliding_window_pattern"
+  pattern = table.size(hf, key if key in hf else f"_{key}", 6)
   local = [(i + 1) % pattern != 0 for i in range(table.size(hf, "num_hidden_layers"))]
   shared = {k: v for k, v in hf.items() if k not in ("rope_parameters", "rope_scaling")}
   return DecoderConfig(

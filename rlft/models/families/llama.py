@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlft.core.errors import CheckpointError
 from rlft.models.decoder import DecoderConfig
 from rlft.models.families import table
 from rlft.models.families.table import Family, Weight, linear, norm
@@ -36,6 +37,12 @@ def settings(hf: dict[str, Any], partial: bool = False, **other: Any) -> dict[st
   table.refuse(hf, use_bidirectional_attention=False)
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
   head_dim = table.size(hf, "head_dim", width // heads)
+  kv_heads = table.size(hf, "num_key_value_heads", heads)
+  if heads % kv_heads:
+    raise CheckpointError(
+      f"config.json: 'num_attention_heads' is {heads}, which is not a multiple of "
+      f"'num_key_value_heads', {kv_heads}"
+    )
   fraction = table.rotary_share(hf, head_dim, "partial_rotary_factor", 1.0)
   if fraction != 1.0 and not partial:
     table.refuse(
@@ -49,11 +56,11 @@ def settings(hf: dict[str, Any], partial: bool = False, **other: Any) -> dict[st
     "width": width,
     "layers": table.size(hf, "num_hidden_layers"),
     "heads": heads,
-    "kv_heads": table.size(hf, "num_key_value_heads", heads),
+    "kv_heads": kv_heads,
     "head_dim": head_dim,
     "mlp_width": table.size(hf, "intermediate_size"),
     "max_positions": table.max_positions(hf, scaling),
-    "norm_eps": table.number(hf, "rms_norm_eps", 1e-6),
+    "norm_eps": table.positive(hf, "rms_norm_eps", 1e-6),
     "activation": table.activation(hf.get("hidden_act") or "silu"),
     "rope_theta": theta,
     "rope_fraction": fraction,

@@ -40,20 +40,21 @@ _WEIGHTS = (
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
   bias = bool(hf.get("attention_bias", True))
-  fraction = table.rotary_share(hf, width // heads, "rotary_pct", 0.25)
+  head_dim = table.head_size(hf, width, heads)
+  fraction = table.rotary_share(hf, head_dim, "rotary_pct", 0.25)
   base = table.positive(hf, "rotary_emb_base", 1e4)
-  theta, scaling = table.rope(hf, rotary_size(width // heads, fraction), theta=base)
+  theta, scaling = table.rope(hf, rotary_size(head_dim, fraction), theta=base)
   return DecoderConfig(
     vocab_size=table.size(hf, "vocab_size"),
     width=width,
     layers=table.size(hf, "num_hidden_layers"),
     heads=heads,
     kv_heads=heads,
-    head_dim=width // heads,
+    head_dim=head_dim,
     mlp_width=table.size(hf, "intermediate_size"),
     max_positions=table.max_positions(hf, scaling),
     norm="layer",
-    norm_eps=table.number(hf, "layer_norm_eps", 1e-5),
+    norm_eps=table.positive(hf, "layer_norm_eps", 1e-5),
     parallel_residual=bool(hf.get("use_parallel_residual", True)),
     activation=table.activation(hf.get("hidden_act") or "gelu"),
     gated_mlp=False,

@@ -42,7 +42,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     layers=table.size(hf, "num_hidden_layers"),
     heads=heads,
     kv_heads=heads,
-    head_dim=width // heads,
+    head_dim=table.head_size(hf, width, heads),
     mlp_width=table.size(hf, "ffn_dim"),
     max_positions=table.size(hf, "max_position_embeddings", 2048),
     norm="layer",

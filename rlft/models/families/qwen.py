@@ -13,7 +13,8 @@ def _windows(hf: dict[str, Any]) -> tuple:
   # The window is written to config.json even where it is switched off.
   if not hf.get("use_sliding_window", False):
     return ()
-  layers, first = table.size(hf, "num_hidden_layers"), hf.get("max_window_layers", 28)
+  layers = table.size(hf, "num_hidden_layers")
+  first = table.size(hf, "max_window_layers", 28, least=0)
   local = [i >= first for i in range(layers)]
   return table.windows(hf, local, table.size(hf, "sliding_window", 4096))
 

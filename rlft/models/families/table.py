@@ -134,26 +134,64 @@ _ACTIVATIONS = {
 }
 
 
-def size(hf: dict[str, Any], key: str, default: int | None = None) -> int:
-  """A positive whole number of config.json."""
-  value = hf.get(key)
-  value = default if value is None else value
-  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+# Where null means what an absent key means; elsewhere a null is a damaged config.
+_NULLABLE = frozenset(
+  {
+    "head_dim",
+    "n_inner",
+    "num_key_value_heads",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "word_embed_proj_dim",
+  }
+)
+# The largest that is believed, before a file's header is there to compare: axes are
+# counted in 32 bits, and names are made for each layer.
+_MOST = {
+  "num_hidden_layers": 10_000,
+  "n_layer": 10_000,
+  "num_attention_heads": 1 << 16,
+  "n_head": 1 << 16,
+  "num_key_value_heads": 1 << 16,
+  "head_dim": 1 << 14,
+}
+
+
+def _given(hf: dict[str, Any], key: str, default: Any) -> Any:
+  value = hf.get(key, default)
+  return default if value is None and key in _NULLABLE else value
+
+
+def size(hf: dict[str, Any], key: str, default: int | None = None, least=1) -> int:
+  """A whole number of config.json, at least `least`; `default` where it is absent."""
+  value, most = _given(hf, key, default), _MOST.get(key, 2**31 - 1)
+  if isinstance(value, bool) or not isinstance(value, int) or value < least:
     raise CheckpointError(
-      f"config.json: {key!r} is {value!r}; a {hf.get('model_type')} model needs a "
-      "positive integer there"
+      f"config.json: {key!r} is {value!r:.80}; a {hf.get('model_type')} model needs a "
+      f"{'positive integer' if least else 'whole number'} there"
     )
+  if value > most:
+    raise CheckpointError(f"config.json: {key!r} is {value!r:.80}; at most {most}")
   return value
 
 
-def number(hf: dict[str, Any], key: str, default: float) -> float:
-  """A finite number of config.json; `default` where it is absent or null."""
-  value = hf.get(key)
-  value = default if value is None else value
+def head_size(hf: dict[str, Any], width: int, heads: int) -> int:
+  """Features of a head where the heads share the width."""
+  if width % heads:
+    raise CheckpointError(
+      f"config.json: a {hf.get('model_type')} model of width {width} cannot be split "
+      f"into {heads} attention heads"
+    )
+  return width // heads
+
+
+def number(hf: dict[str, Any], key: str, default: float | None) -> float:
+  """A finite number of config.json; `default` where it is absent."""
+  value = _given(hf, key, default)
   if isinstance(value, bool) or not isinstance(value, int | float):
-    raise CheckpointError(f"config.json: {key!r} is {value!r}; it must be a number")
-  if not math.isfinite(value):
-    raise CheckpointError(f"config.json: {key!r} is {value!r}; it must be finite")
+    raise CheckpointError(f"config.json: {key!r} is {value!r:.80}; it must be a number")
+  if not abs(value) < 1e300:  # whole numbers have no bounds, floats have infinity
+    raise CheckpointError(f"config.json: {key!r} is {value!r:.80}; it must be finite")
   return float(value)
 
 
@@ -389,6 +427,8 @@ def windows(hf: dict[str, Any], local: list[bool], window: int | None) -> tuple:
   """Windows of the layers: "layer_types" where it is given, else those of `local`."""
   layers = size(hf, "num_hidden_layers")
   kinds = hf.get("layer_types")
+  if not isinstance(kinds, list | None):
+    raise CheckpointError(f"config.json: 'layer_types' is {kinds!r:.80}; give a list")
   if kinds is not None:
     unknown = sorted({str(k) for k in kinds} - {"sliding_attention", "full_attention"})
     if unknown or len(kinds) != layers:
