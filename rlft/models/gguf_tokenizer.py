@@ -233,23 +233,7 @@ def read_tokenizer(
       f"{len(kinds)} types, {len(vocab)} distinct tokens in use; convert the model "
       "again."
     )
-  names = {}
-  for key, role in _ROLES.items():
-    index = header.get(f"tokenizer.ggml.{key}_token_id", int)
-    if (
-      index is None
-      and model == "llama"
-      and _DEFAULTS.get(key, len(tokens)) < len(kinds)
-    ):
-      index = _DEFAULTS[key] if kinds[_DEFAULTS[key]] in (_UNKNOWN, _CONTROL) else None
-    if index is None:
-      continue
-    if not 0 <= index < len(tokens) or tokens[index] not in vocab:
-      raise CheckpointError(
-        f"{path}: tokenizer.ggml.{key}_token_id is {index}, which is not one of the "
-        f"file's {len(vocab)} tokens; the file is damaged, convert the model again."
-      )
-    names[f"{role}_token"] = tokens[index]
+  names = _special_tokens(header, tokens, kinds, vocab)
   if model == "gpt2":
     pre = _pre_tokenizer(header)
     backend, add_bos = _byte_level_bpe(vocab, _merges(header, vocab), pre), pre.add_bos
@@ -282,6 +266,29 @@ def read_tokenizer(
     clean_up_tokenization_spaces=False,
     **names,
   )
+
+
+def _special_tokens(
+  header: Header, tokens: list[str], kinds: list[int], vocab: dict[str, int]
+) -> dict[str, str]:
+  """{"bos_token": text, ...}, of the tokens that the file names."""
+  names = {}
+  for key, role in _ROLES.items():
+    index = header.get(f"tokenizer.ggml.{key}_token_id", int)
+    if index is None and header.values["tokenizer.ggml.model"] == "llama":
+      index = _DEFAULTS.get(key)
+      special = index is not None and index < len(kinds)
+      index = index if special and kinds[index] in (_UNKNOWN, _CONTROL) else None
+    if index is None:
+      continue
+    if 0 <= index < len(tokens) and tokens[index] in vocab:
+      names[f"{role}_token"] = tokens[index]
+    elif key not in ("eos", "padding"):  # ends nothing, and pads are known by masks
+      raise CheckpointError(
+        f"{header.path}: tokenizer.ggml.{key}_token_id is {index}, which is not one of "
+        f"the file's {len(vocab)} tokens; the file is damaged, convert the model again."
+      )
+  return names
 
 
 def _pre_tokenizer(header: Header) -> _Pre:

@@ -296,6 +296,15 @@ def test_an_end_is_a_control_token_whatever_its_type_says(tmp_path):
   assert tokenizer.decode([1, 5], skip_special_tokens=True) == "a"
 
 
+@pytest.mark.parametrize("index", [4, 99])  # unused, and beyond the vocabulary
+def test_an_end_or_pad_that_is_no_token_is_left_out(tmp_path, index):
+  ids = {"tokenizer.ggml.padding_token_id": index, "tokenizer.ggml.eos_token_id": index}
+  write(tmp_path / "m.gguf", values=ids)
+  tokenizer = read_tokenizer(tmp_path / "m.gguf")
+  assert (tokenizer.pad_token, tokenizer.eos_token) == (None, None)
+  assert tokenizer.bos_token == "<s>"
+
+
 def test_a_sentencepiece_file_ends_with_its_second_token(tmp_path, llama):
   write(tmp_path / "m.gguf", base=llama[0])
   assert read_ends(tmp_path / "m.gguf") == {"eos_token_id": [2]}
