@@ -82,6 +82,13 @@ def test_both_spellings_may_stand_side_by_side():
   assert config.rope_theta == 500.0 and config.rope_scaling.original_positions == 32
 
 
+def test_a_null_beside_the_rotary_settings_is_no_base():
+  rotary = {"rope_type": "default", "rope_theta": 500.0}
+  assert config_of({"rope_parameters": rotary, "rope_theta": None}).rope_theta == 500.0
+  with pytest.raises(CheckpointError, match="'rope_theta' is None"):
+    config_of({"rope_theta": None})
+
+
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 NAN = float("nan")
 
@@ -97,6 +104,7 @@ NAN = float("nan")
     ({"rope_type": "yarn", "factor": [4]}, r"'factor' is \[4\]"),
     ({"rope_type": "yarn", "factor": -2.0}, "'factor' is -2.0"),
     ({"rope_type": "yarn", "beta_fast": 0}, "'beta_fast' is 0.0"),
+    ({"rope_type": "yarn", "truncate": None}, "'truncate' is None"),
     ({"rope_type": "yarn", "truncate": "no"}, "'truncate' is 'no'"),
     (
       {"rope_type": "yarn", "original_max_position_embeddings": 0},

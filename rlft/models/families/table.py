@@ -224,8 +224,8 @@ def rotary_share(hf: dict[str, Any], head_dim: int, key: str, default: float) ->
     key: what the family calls the share.
     default: where none is given.
   """
-  share = number(hf, key, default)
-  share = number(rope_parameters(hf), "partial_rotary_factor", share)
+  own, name = rope_parameters(hf), "partial_rotary_factor"
+  share = number(own, name, default) if name in own else number(hf, key, default)
   dim = rotary_size(head_dim, share)
   if not 0 <= share <= 1 or dim % 2 > head_dim - dim:
     raise CheckpointError(
@@ -248,7 +248,8 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
       raise CheckpointError(
         f"config.json: {key!r} is {given!r}; it must be an object or null"
       )
-    given = {k: v for k, v in given.items() if v is not None}
+    # Null is what an absent key is, but for a switch.
+    given = {k: v for k, v in given.items() if v is not None or k == "truncate"}
     if "type" in given:  # the older name
       given = {"rope_type": given["type"]} | given
     for name in sorted(out.keys() & given.keys() - {"type"}):
@@ -286,7 +287,8 @@ def rope(
       f"config.json: rotary settings of their own for {nested} are not supported for "
       f"{hf.get('model_type')} models"
     )
-  base = positive(parameters, "rope_theta", positive(hf, "rope_theta", theta))
+  own = "rope_theta" in parameters
+  base = positive(parameters if own else hf, "rope_theta", theta)
   kind = parameters.get("rope_type") or parameters.get("type") or "default"
   if kind == "default":
     return base, None
