@@ -49,7 +49,7 @@ class RewardChoice:
     if self.learned and not self.model:
       raise ConfigError(
         f"reward.kind={self.kind!r} needs reward.model, a directory that "
-        "`rlft reward-model` wrote"
+        "`rlft reward-model` wrote or a published reward model"
       )
 
   @property

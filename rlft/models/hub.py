@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -119,26 +119,80 @@ def load(
       or the tensors are not those that config.json describes.
     ConfigError: the dtype or the mesh cannot be used.
   """
-  dtype = _dtype(dtype)
-  if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
-    raise ConfigError(
-      f"the mesh has the axes {mesh.axis_names}; make it with rlft.core.mesh.make_mesh"
+  dtype = check_place(mesh, dtype)
+  opened = open_model(path_or_id)
+  if families.trunk_of_classifier(opened.hf) is not None:
+    raise CheckpointError(
+      f"{opened.path} is a reward model ({opened.hf['architectures'][0]}), which gives "
+      "scores and no text: load it with rlft.models.scalar.load_scalar, or name it as "
+      "--config.reward.model of a run"
     )
+  return read_policy(opened, mesh, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model whose headers have been read, and no weights.
+
+  Attributes:
+    path: the directory or file.
+    hf, generation: its config.json and generation_config.json.
+    source: its tensors.
+  """
+
+  path: pathlib.Path
+  hf: dict[str, Any]
+  generation: dict[str, Any]
+  source: weights.Source
+
+
+def open_model(path_or_id: str | os.PathLike[str]) -> Opened:
+  """Reads the headers of a model; arguments and errors as of `load`."""
   path = locate(path_or_id)
   if path.is_file():
     from rlft.models import gguf
 
     hf, generation = gguf.read_config(path), gguf.read_ends(path)
-    source: weights.Source = weights.GGUFFile(path)
-  else:
-    hf = _json(path / "config.json")
-    generation = _json(path / "generation_config.json", optional=True)
-    families.resolve(hf)  # its message is better than one about files
-    source = weights.Directory(path)
+    return Opened(path, hf, generation, weights.GGUFFile(path))
+  _refuse_adapter(path)
+  hf = _json(path / "config.json")
+  families.resolve(families.trunk_of_classifier(hf) or hf)  # before errors about files
+  generation = _json(path / "generation_config.json", optional=True)
+  return Opened(path, hf, generation, weights.Directory(path))
+
+
+def _refuse_adapter(path: pathlib.Path) -> None:
+  """Says what a directory of PEFT is: it holds no model, but changes of one."""
+  file = path / "adapter_config.json"
+  if not file.is_file() or (path / weights.SINGLE).is_file():
+    return
+  about = _json(file)
+  kind = "DoRA" if about.get("use_dora") else about.get("peft_type")
+  raise CheckpointError(
+    f"{path} is a {kind} adapter of PEFT for {about.get('base_model_name_or_path')!r}, "
+    "not a whole model. Merge it where torch and peft are installed: python -c "
+    '"from peft import AutoPeftModelForCausalLM as M; '
+    f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
+  )
+
+
+def read_policy(
+  opened: Opened, mesh: Mesh | None, dtype: Any, beside: Collection[str] = ()
+) -> Policy:
+  """Reads the weights of an opened model.
+
+  Args:
+    opened: the headers; `hf` may be changed, and says what is made.
+    mesh, dtype: as of `load`.
+    beside: tensors that are not the policy's, and are left out.
+  """
+  path, hf = opened.path, opened.hf
   family = families.resolve(hf)
   config = family.from_hf(hf)
-  eos_ids = _eos_ids(generation, hf, config)
+  eos_ids = _eos_ids(opened.generation, hf, config)
   if path.is_file():
+    from rlft.models import gguf
+
     tokenizer = gguf.read_tokenizer(path)
   else:
     tokenizer = _tokenizer(path)
@@ -146,11 +200,11 @@ def load(
   model = Decoder(config, dtype=dtype, mesh=mesh)
   return Policy(
     model=model,
-    params=weights.read_params(source, family, model, mesh, dtype),
+    params=weights.read_params(opened.source, family, model, mesh, dtype, beside),
     tokenizer=tokenizer,
     config=config,
     hf_config=hf,
-    generation_config=generation,
+    generation_config=opened.generation,
     eos_ids=eos_ids,
   )
 
@@ -164,6 +218,7 @@ def architecture(path_or_id: str | os.PathLike[str]) -> DecoderConfig:
     hf = gguf.read_config(path)
   else:
     hf = _json(path / "config.json")
+  hf = families.trunk_of_classifier(hf) or hf
   return families.resolve(hf).from_hf(hf)
 
 
@@ -223,13 +278,18 @@ def save(
 # ------------------------------------------------------------------------ reading
 
 
-def _dtype(dtype: Any) -> Any:
+def check_place(mesh: Mesh | None, dtype: Any) -> Any:
+  """The dtype, where a model can be made in it on the mesh."""
   try:
     found = jnp.dtype(dtype)
   except TypeError:
     found = None
   if found not in (jnp.float32, jnp.bfloat16):
     raise ConfigError(f"dtype={dtype!r} cannot be used; choose float32 or bfloat16")
+  if mesh is not None and not set(meshes.AXES) <= set(mesh.axis_names):
+    raise ConfigError(
+      f"the mesh has the axes {mesh.axis_names}; make it with rlft.core.mesh.make_mesh"
+    )
   return found
 
 

@@ -30,7 +30,7 @@ from rlft.core.errors import CheckpointError, ConfigError
 from rlft.core.hosts import spread
 from rlft.core.mesh import replicated, tree_shardings
 from rlft.models import decoder as decoders
-from rlft.models import hub, tensorfile
+from rlft.models import families, hub, tensorfile, weights
 from rlft.models.decoder import Decoder, DecoderConfig, positions_from_mask
 from rlft.models.hub import Policy
 
@@ -267,22 +267,23 @@ def save_scalar(scalar: ScalarModel, path: str | os.PathLike[str]) -> None:
 def load_scalar(
   path: str | os.PathLike[str], mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> ScalarModel:
-  """Loads what `save_scalar` wrote.
+  """Loads what `save_scalar` wrote, or a reward model of Hugging Face.
+
+  Of the latter, "...ForSequenceClassification" with one label, the kind is "reward" and
+  mean and std are 0 and 1: scores are raw, since nothing tells their scale.
 
   Args:
-    path: the directory.
+    path: the directory or hub id.
     mesh: where parameters live.
     dtype: of the trunk's parameters and computation; the head stays float32.
 
   Raises:
     CheckpointError: it is no scalar model, or its files are damaged.
   """
-  path = pathlib.Path(path)
+  dtype = hub.check_place(mesh, dtype)
+  path = hub.locate(path)
   if not (path / _ABOUT).is_file() or not (path / _HEAD).is_file():
-    raise CheckpointError(
-      f"{path} is not a reward or value model: it has no {_ABOUT} and {_HEAD}. Load a "
-      "policy with rlft.load, and put a head on it with init_scalar"
-    )
+    return _load_classifier(hub.open_model(path), mesh, dtype)
   try:
     about = json.loads((path / _ABOUT).read_bytes())
   except (ValueError, RecursionError) as error:
@@ -305,6 +306,50 @@ def load_scalar(
     mean=about["mean"],
     std=about["std"],
     kind=about["kind"],
+  )
+
+
+def _load_classifier(opened: hub.Opened, mesh: Mesh | None, dtype: Any) -> ScalarModel:
+  path, source = opened.path, opened.source
+  trunk = families.trunk_of_classifier(opened.hf)
+  if trunk is None:
+    raise CheckpointError(
+      f"{path} is not a reward or value model: it has no {_ABOUT} and {_HEAD}, and its "
+      f"architecture, {opened.hf.get('architectures')}, no score for a text. Load a "
+      "policy with rlft.load, and put a head on it with init_scalar"
+    )
+  family = families.resolve(trunk)
+  width = family.from_hf(trunk).output_width
+  names = source.names() & {"score.weight", "score.bias"}
+  found = {name: source.shape(name) for name in sorted(names)}
+  labels = found.get("score.weight", (0,))[0]
+  if labels > 1:
+    raise CheckpointError(
+      f"{path} is a classifier of {labels} labels; a reward model has one score "
+      "('score.weight' of one row)"
+    )
+  if {"score.bias": (1,)} | found != {"score.weight": (1, width), "score.bias": (1,)}:
+    raise CheckpointError(
+      f"{path}: a reward model of this width has a 'score.weight' of shape "
+      f"{(1, width)}; this one has {found}"
+    )
+  head = {"kernel": weights.read_array(source, "score.weight")[0]}
+  bias = "score.bias" in names
+  head["bias"] = (
+    weights.read_array(source, "score.bias")[0] if bias else np.zeros((), np.float32)
+  )
+  _check_head(head, width, f"{path}: its score")
+  # A language-model head has no use here; a classifier's file has it only by accident.
+  beside = {*names, weights.name_of(family, "head")}
+  policy = hub.read_policy(dataclasses.replace(opened, hf=trunk), mesh, dtype, beside)
+  return ScalarModel(
+    model=policy.model,
+    params={"trunk": policy.params, "head": _place_head(head, mesh)},
+    tokenizer=policy.tokenizer,
+    config=policy.config,
+    eos_ids=policy.eos_ids,
+    hf_config=policy.hf_config,
+    generation_config=policy.generation_config,
   )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -173,7 +173,12 @@ class GGUFFile:
 
 
 def read_params(
-  source: Source, family: Family, model: Decoder, mesh: Mesh | None, dtype: Any
+  source: Source,
+  family: Family,
+  model: Decoder,
+  mesh: Mesh | None,
+  dtype: Any,
+  beside: Collection[str] = (),
 ) -> dict:
   """Reads the parameters of a model into (sharded) arrays.
 
@@ -186,6 +191,7 @@ def read_params(
     model: the decoder; its config says what there must be.
     mesh: where the arrays live, by the rules of `core.mesh`; None is one device.
     dtype: of the arrays.
+    beside: tensors of the source that are not the decoder's.
 
   Returns:
     The nested dict of parameters.
@@ -197,7 +203,7 @@ def read_params(
   shapes = _flat(decoder.param_shapes(model))
   axes = _flat(decoder.param_axes(model))
   rows = _rows(family, shapes)
-  names = _names(source, family, model.config)
+  names = _names(source, family, model.config, beside)
   _check(source, family, rows, names, shapes, model.config)
   params = {}
   for path, weight in rows.items():
@@ -205,6 +211,17 @@ def read_params(
     sharding = None if mesh is None else meshes.sharding(mesh, axes[path], shape)
     params[path] = _read(source, weight, names, shape, sharding, model.config, dtype)
   return _nest(params)
+
+
+def read_array(source: Source, name: str) -> np.ndarray:
+  """A small tensor, in float32."""
+  if source.dtype(name) not in tensorfile.DTYPES:
+    raise CheckpointError(
+      f"{source.where(name)}: {name!r} has the dtype {source.dtype(name)}; supported: "
+      f"{', '.join(tensorfile.DTYPES)}"
+    )
+  ((_, value),) = source.chunks(name, whole=True)
+  return _cast(value, np.float32)
 
 
 def _read(source, weight: Weight, names, shape, sharding, config, dtype) -> jax.Array:
@@ -277,13 +294,15 @@ def _rows(family: Family, paths: Any) -> dict[str, Weight]:
   return {path: table[path] for path in paths}
 
 
-def _names(source: Source, family: Family, config: DecoderConfig) -> dict[str, str]:
+def _names(
+  source: Source, family: Family, config: DecoderConfig, beside: Collection[str]
+) -> dict[str, str]:
   """The table's name of each tensor -> the source's.
 
   A source may lack the prefix, and may keep a tied matrix under the head's name alone.
   """
-  head, embedding = _name(family, "head"), _name(family, "embedding")
-  names = {name: name for name in source.names()}
+  head, embedding = name_of(family, "head"), name_of(family, "embedding")
+  names = {name: name for name in source.names() if name not in beside}
   if not any(name.startswith(family.prefix) for name in names):
     names = {n if n == head else family.prefix + n: n for n in names}
   if config.tie_embeddings and head in names and embedding not in names:
@@ -291,7 +310,7 @@ def _names(source: Source, family: Family, config: DecoderConfig) -> dict[str, s
   return names
 
 
-def _name(family: Family, path: str) -> str:
+def name_of(family: Family, path: str) -> str:
   """The tensor that holds a parameter."""
   return next(weight.name for weight in family.weights if weight.path == path)
 
@@ -315,7 +334,7 @@ def _check(source, family, rows, names, shapes, config: DecoderConfig) -> None:
       f"{', '.join(missing[:5])}{instead}; the checkpoint is incomplete, or its "
       "config.json describes another model"
     )
-  head = _name(family, "head")
+  head = name_of(family, "head")
   if config.tie_embeddings and head in extra:
     _check_tied(source, names[head], names[rows["embedding"].name])
     extra.remove(head)

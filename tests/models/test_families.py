@@ -414,7 +414,7 @@ def test_checkpoints_of_the_bare_trunk_have_no_prefix(tmp_path):
   "change, message",
   [
     ({"architectures": ["BertModel"]}, "BertModel.*not supported.*LlamaForCausalLM"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "not supported"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "not supported"),
     ({"architectures": None, "model_type": "t5"}, "'t5'.*not supported"),
     ({"auto_map": {"AutoModel": "x.py"}}, "auto_map.*rlft never runs it"),
     ({"quantization_config": {"bits": 4}}, "quantised weights cannot be trained"),

@@ -173,6 +173,16 @@ BAD = {
     lambda p: _only(p, "pytorch_model.bin"),
     r"only as pytorch_model.bin.*save_pretrained",
   ),
+  "adapter": (
+    lambda p: (
+      _only(p, "adapter_model.safetensors"),
+      (p / "config.json").unlink(),
+      (p / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}'
+      ),
+    ),
+    r"is a LORA adapter of PEFT for 'owner/base', .*merge_and_unload",
+  ),
   "gguf inside": (lambda p: _only(p, "model.gguf"), r"pass .*model/model.gguf itself"),
   "missing tensor": (
     lambda p: _edit_arrays(p, lambda a: a.pop("model.layers.1.mlp.up_proj.weight")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 
 from rlft.core.errors import CheckpointError, ConfigError
 from rlft.core.mesh import make_mesh
-from rlft.models import hub
+from rlft.models import families, hub, tensorfile
 from rlft.models.decoder import Decoder, DecoderConfig, init_params
 from rlft.models.scalar import (
   as_value,
@@ -294,3 +295,103 @@ def test_other_tokenizers(policy, scalar):
   small = dataclasses.replace(bare, config=dataclasses.replace(CONFIG, vocab_size=39))
   with pytest.raises(ConfigError, match="vocabularies of 40 and 39"):
     check_same_tokenizer(policy, small)
+
+
+# ----------------------------------------------------- reward models of Hugging Face
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+SCORES = json.loads((GOLDEN / "reward_models.json").read_text())
+
+
+def classifier(name, path, dtype=np.float32, score=None, bias=None, **change):
+  """The golden trunk with the head of make_reward_models.py, as it is published."""
+  path.mkdir()
+  file = tensorfile.TensorFile(GOLDEN / "models" / name / "model.safetensors")
+  arrays = {n: next(file.chunks(n, whole=True))[1] for n in file}
+  arrays = {n: x for n, x in arrays.items() if n not in ("lm_head.weight",)}
+  arrays.pop("embed_out.weight", None)
+  config = json.loads((GOLDEN / "models" / name / "config.json").read_text())
+  width = config.get("word_embed_proj_dim") or config.get("n_embd")
+  width = width or config["hidden_size"]
+  head = (np.arange(width, dtype=np.float32)[None] % 7 - 3) / 8
+  arrays["score.weight"] = (head if score is None else score).astype(dtype)
+  if bias is not None:
+    arrays["score.bias"] = np.asarray(bias, dtype)
+  tensors = {n: (x.dtype, x.shape) for n, x in arrays.items()}
+  tensorfile.write(path / "model.safetensors", tensors, arrays.values())
+  config |= {
+    "architectures": [SCORES[name]["architecture"]],
+    "id2label": {"0": "LABEL_0"},
+    "problem_type": "regression",
+  }
+  (path / "config.json").write_text(json.dumps(config | change))
+  return path
+
+
+def golden_rows(name):
+  with np.load(GOLDEN / "models" / name / "golden.npz") as file:
+    return file["tokens"], file["mask"]
+
+
+@pytest.mark.parametrize("name", sorted(SCORES))
+def test_scores_are_those_of_transformers(name, tmp_path):
+  reward = load_scalar(classifier(name, tmp_path / "rm"))
+  assert (reward.kind, reward.mean, reward.std) == ("reward", 0.0, 1.0)
+  for tokens, mask in zip(*golden_rows(name)):  # padded on either side
+    scores = last_value(reward.model, reward.params, tokens, mask)
+    np.testing.assert_allclose(scores, SCORES[name]["scores"], atol=2e-5, rtol=1e-4)
+
+
+def test_every_family_has_scores():
+  covered = {one["architecture"] for one in SCORES.values()}
+  assert len(covered) == len({f.model_type for f in families.FAMILIES})
+
+
+@pytest.mark.parametrize("name", ["llama", "opt_350m"])
+def test_a_reward_model_of_hugging_face_survives_the_disk(name, tmp_path):
+  reward = load_scalar(classifier(name, tmp_path / "rm", bias=[0.75]))
+  save_scalar(reward, tmp_path / "saved")
+  again = load_scalar(tmp_path / "saved")
+  assert again.config == reward.config
+  jax.tree.map(np.testing.assert_array_equal, again.params, reward.params)
+  tokens, mask = (x[0] for x in golden_rows(name))
+  scores = last_value(again.model, again.params, tokens, mask)
+  expected = np.add(SCORES[name]["scores"], 0.75)
+  np.testing.assert_allclose(scores, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_head_in_half_precision_and_a_lm_head_that_was_left(tmp_path):
+  path = classifier("llama", tmp_path / "rm", dtype=np.float16)
+  file = tensorfile.TensorFile(path / "model.safetensors")
+  arrays = {n: next(file.chunks(n, whole=True))[1] for n in file}
+  arrays["lm_head.weight"] = np.ones((72, 32), np.float32)
+  tensors = {n: (x.dtype, x.shape) for n, x in arrays.items()}
+  tensorfile.write(path / "model.safetensors", tensors, arrays.values())
+  head = load_scalar(path).params["head"]
+  assert head["kernel"].dtype == jnp.float32
+  np.testing.assert_array_equal(head["kernel"], (np.arange(32) % 7 - 3) / 8)
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"score": np.ones((3, 32))}, "a classifier of 3 labels; a reward model has one"),
+    ({"score": np.ones((1, 31))}, r"'score.weight' of shape \(1, 32\); this one has"),
+    ({"score": np.full((1, 32), np.nan)}, "its weights are not finite"),
+    ({"bias": [1.0, 2.0]}, r"'score.bias': \(2,\)"),
+    (
+      {"architectures": ["LlamaForTokenClassification"]},
+      "TokenClassification.*not sup",
+    ),
+    ({"architectures": ["LlamaForCausalLM"]}, "no value_head.json.*init_scalar"),
+  ],
+)
+def test_classifiers_that_are_no_reward_models(tmp_path, change, message):
+  with pytest.raises(CheckpointError, match=message):
+    load_scalar(classifier("llama", tmp_path / "rm", **change))
+
+
+def test_a_reward_model_is_no_policy(tmp_path):
+  path = classifier("gpt2", tmp_path / "rm")
+  with pytest.raises(CheckpointError, match=r"reward model.*load_scalar.*reward.model"):
+    hub.load(path)

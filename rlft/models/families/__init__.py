@@ -19,7 +19,7 @@ from rlft.models.families.phi import PHI3
 from rlft.models.families.qwen import QWEN2, QWEN3
 from rlft.models.families.table import Family, Weight
 
-__all__ = ["FAMILIES", "Family", "Weight", "resolve", "to_hf"]
+__all__ = ["FAMILIES", "Family", "Weight", "resolve", "to_hf", "trunk_of_classifier"]
 
 FAMILIES = (
   LLAMA,
@@ -73,6 +73,25 @@ def resolve(hf: dict[str, Any]) -> Family:
     f"config.json names the architecture {architectures or hf.get('model_type')!r}, "
     f"which is not supported; supported: {supported}"
   )
+
+
+def trunk_of_classifier(hf: dict[str, Any]) -> dict[str, Any] | None:
+  """What a classifier's config.json says of its trunk; None where it is none.
+
+  Published reward models are "...ForSequenceClassification": a trunk without a
+  language-model head, so its embeddings are tied here.
+  """
+  architectures = hf.get("architectures")
+  for family in FAMILIES:
+    stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    stem += "Text" if family is GEMMA3 else ""
+    if architectures == [f"{stem}ForSequenceClassification"]:
+      labels = ("num_labels", "id2label", "label2id", "problem_type")
+      return {key: value for key, value in hf.items() if key not in labels} | {
+        "architectures": [family.architecture],
+        "tie_word_embeddings": True,
+      }
+  return None
 
 
 def to_hf(config: DecoderConfig, like: Family | None = None) -> dict[str, Any]:
