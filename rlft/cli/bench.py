@@ -43,6 +43,7 @@ from rlft.training.optimizer import OptimizerConfig
 from rlft.training.step import init_state
 
 SUMMARY = "measure sampling or training speed, and what bounds it"
+GROUP = "look and plan"
 KEEP_COMPILED = False  # compiling is measured too
 
 # A small Llama: what all speeds in this project are quoted for.

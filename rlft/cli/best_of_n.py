@@ -32,6 +32,7 @@ from rlft.rewards.verifiable import judge_all, title_of
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "keep the best of n samples by a reward, and perhaps train on them"
+GROUP = "sample and evaluate"
 
 
 @dataclasses.dataclass(frozen=True)

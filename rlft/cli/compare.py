@@ -40,6 +40,7 @@ from rlft.training.metrics import MetricWriter
 from rlft.training.outcomes import sample_outcomes
 
 SUMMARY = "compare all methods at an equal budget of sampled solutions"
+GROUP = "study"
 
 ARMS = (
   "sft",

@@ -27,6 +27,7 @@ from rlft.core.errors import ConfigError
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "train on preference pairs (DPO, IPO)"
+GROUP = "train"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rlft.core import hosts
 from rlft.probes.evaluate import EvalConfig
 
 SUMMARY = "evaluate a model: greedy@1, maj@k, pass@k, chains"
+GROUP = "sample and evaluate"
 MANY_HOSTS = True
 
 

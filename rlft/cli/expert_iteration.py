@@ -30,6 +30,7 @@ from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "improve a model on its own checked solutions (Expert Iteration)"
+GROUP = "train"
 MANY_HOSTS = True
 
 

@@ -22,6 +22,7 @@ from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "improve a model by GRPO or one of its relatives"
+GROUP = "train"
 MANY_HOSTS = True
 
 

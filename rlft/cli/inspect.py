@@ -20,6 +20,7 @@ from rlft.training import metrics
 from rlft.training.checkpoint import DIRECTORY, LOCK, Checkpointer
 
 SUMMARY = "show a run: checkpoints and their health, last metrics, transcripts"
+GROUP = "look and plan"
 TRANSCRIPT_LINES = 24
 COMPILED_SHOWN = 8
 

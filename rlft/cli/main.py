@@ -258,30 +258,43 @@ def _leave(code: int) -> int:
   return code
 
 
-def _summaries() -> dict[str, str]:
-  """Command -> its SUMMARY, quickstart first; read from the source, not by import."""
+def _literals(name: str) -> dict[str, str]:
+  """Command -> a text that its file defines; read from the source, not by import."""
   found = {}
-  for path in Path(__file__).parent.glob("*.py"):
+  for path in sorted(Path(__file__).parent.glob("*.py")):
     for node in ast.parse(path.read_bytes()).body:
       if isinstance(node, ast.Assign | ast.AnnAssign):
         target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-        if isinstance(target, ast.Name) and target.id == "SUMMARY":
+        if isinstance(target, ast.Name) and target.id == name:
           found[path.stem.replace("_", "-")] = ast.literal_eval(node.value)
+  return found
+
+
+def _summaries() -> dict[str, str]:
+  """Command -> its SUMMARY, quickstart first."""
+  found = _literals("SUMMARY")
   return dict(sorted(found.items(), key=lambda item: (item[0] != "quickstart", item)))
 
 
+GROUPS = ("start here", "train", "sample and evaluate", "study", "look and plan")
+
+
 def _help() -> str:
-  summaries = _summaries()
+  summaries, groups = _summaries(), _literals("GROUP")
   width = max(map(len, summaries), default=0)
-  commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in summaries.items())
+  lines = []
+  for group in (*GROUPS, "more"):
+    own = [name for name in summaries if groups.get(name, "more") == group]
+    lines += ["", f"{group}:"] if own else []
+    lines += [f"  {name:<{width}}  {summaries[name]}" for name in own]
+  commands = "\n".join(lines)
   return f"""usage: rlft COMMAND [--config=FILE[:ARG]] [--config.FIELD=VALUE ...] [...]
 
 Reinforcement learning of language models in JAX.
-
-commands:
 {commands}
 
-`rlft COMMAND --help` tells what a command takes; `rlft --version` prints the version.
+`rlft COMMAND --help` tells what a command takes, and all of its settings;
+`rlft --version` prints the version.
 """
 
 

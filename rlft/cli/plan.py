@@ -22,6 +22,7 @@ from rlft.cli import config as configs
 from rlft.core.errors import ConfigError
 
 SUMMARY = "does a run fit a TPU pod, and what bounds it; compiled without a TPU"
+GROUP = "look and plan"
 KEEP_COMPILED = False  # a plan keeps its own, see `--cache`
 
 

@@ -23,6 +23,7 @@ from rlft.probes.evaluate import EvalConfig
 from rlft.training.metrics import MetricWriter
 
 SUMMARY = "improve a model by PPO"
+GROUP = "train"
 MANY_HOSTS = True
 
 

@@ -35,7 +35,8 @@ from rlft.tasks import arithmetic
 from rlft.training.metrics import MetricWriter
 from rlft.training.optimizer import OptimizerConfig
 
-SUMMARY = "watch a small model get better at word problems (start here)"
+SUMMARY = "watch a small model get better at word problems"
+GROUP = "start here"
 
 ARMS = ("start", "SFT", "EI")
 SPLITS = {"test": "in-distribution", "ood_templates": "out-of-distribution"}

@@ -35,7 +35,8 @@ from rlft.sampling.generate import generate
 from rlft.training import metrics
 from rlft.training.metrics import MetricWriter
 
-SUMMARY = "learn from good and bad solutions, ask for good ones (return-conditioned RL)"
+SUMMARY = "learn from good and bad solutions, ask for good ones"
+GROUP = "train"
 
 
 @dataclasses.dataclass(frozen=True)

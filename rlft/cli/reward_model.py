@@ -33,6 +33,7 @@ from rlft.training.metrics import MetricWriter
 from rlft.training.outcomes import Outcome, sample_outcomes
 
 SUMMARY = "train a reward model on preferences, or an outcome model on samples"
+GROUP = "train"
 
 
 @dataclasses.dataclass(frozen=True)

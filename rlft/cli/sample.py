@@ -16,6 +16,7 @@ from rlft.core.errors import DataError
 from rlft.training.data import encode_prompts
 
 SUMMARY = "sample completions of a prompt"
+GROUP = "sample and evaluate"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

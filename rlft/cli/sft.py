@@ -30,6 +30,7 @@ from rlft.training.metrics import MetricWriter
 from rlft.training.saving import Saving
 
 SUMMARY = "train on worked solutions (supervised fine-tuning)"
+GROUP = "train"
 MANY_HOSTS = True
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import rlft
+from rlft.cli import main
 
 COMMAND = '''"""Prints its settings.
 
@@ -21,6 +22,7 @@ from rlft.cli import config
 from rlft.core.errors import DataError
 
 SUMMARY = "say what was read"
+GROUP = "train"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -155,8 +157,11 @@ def test_ctrl_c_is_130(checkout):
 def test_help_imports_no_command(checkout):
   done = run(checkout, "--help")
   assert done.returncode == 0, done.stderr
-  for line in ("  two-words  say what was read", "  other      never imported"):
-    assert line in done.stdout
+  for lines in (
+    "\n\ntrain:\n  two-words  say what was read\n",
+    "\n\nmore:\n  bare       no config\n  other      never imported\n",
+  ):
+    assert lines in done.stdout
   assert run(checkout).returncode == 2
   help_ = run(checkout, "two-words", "--help").stdout
   assert "It has a docstring of 100% text." in help_ and "--config FILE[:ARG]" in help_
@@ -184,3 +189,9 @@ def test_a_reader_that_ends_is_no_error(checkout):
     # argparse passes over it.
     assert done.returncode in ((0, 141) if words[1:] else (141,)), words
     assert done.stderr == "", words
+
+
+def test_every_command_has_a_group():
+  groups = main._literals("GROUP")
+  assert groups.keys() == main._literals("SUMMARY").keys()
+  assert set(groups.values()) == set(main.GROUPS)
