@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, BestOfNRun)
+  config = runs.fitted(configs.from_args(args, BestOfNRun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "best-of-n", config, resumes=False):
     return 0

@@ -85,7 +85,9 @@ def from_args(args: argparse.Namespace, cls: type[T]) -> T:
   """The settings of this command line: file (else the defaults of `cls`), overrides."""
   import ml_collections
 
-  config = load(args.config) if args.config else ml_collections.ConfigDict()
+  config = ml_collections.ConfigDict()
+  if args.config is not None:  # an empty name, of a shell's empty variable, is none
+    config = load(args.config)
   _check_command(args.config, config, cls)
   settings = resolve(config, args.overrides, cls)
   if not getattr(args, "allow_changed", None):
@@ -174,7 +176,8 @@ def load(spec: str) -> ConfigDict:
           f"get_config of {name!r} returned {type(config).__name__}, not a ConfigDict"
         )
       config.to_dict()  # raises where a value is required and not given
-      return config
+      frozen = isinstance(config, ml_collections.FrozenConfigDict)
+      return config.as_configdict() if frozen else config
   except ConfigError:
     raise
   except BaseException as error:  # sys.exit() would end the command without a word

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, EvalRun)
+  config = runs.fitted(configs.from_args(args, EvalRun))
   workdir = Path(args.workdir)
   hosts.by_first(lambda: record.check(workdir, "eval"))
   policy = runs.make_policy(config.model, config.mesh)

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, EIRun)
+  config = runs.fitted(configs.from_args(args, EIRun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "expert-iteration", config):
     return 0

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, GRPORun)
+  config = runs.fitted(configs.from_args(args, GRPORun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "grpo", config):
     return 0

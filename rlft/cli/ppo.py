@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, PPORun)
+  config = runs.fitted(configs.from_args(args, PPORun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "ppo", config):
     return 0

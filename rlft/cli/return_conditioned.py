@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, RCRLRun)
+  config = runs.fitted(configs.from_args(args, RCRLRun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "return-conditioned", config):
     return 0

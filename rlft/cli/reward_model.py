@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, RewardModelRun)
+  config = runs.fitted(configs.from_args(args, RewardModelRun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "reward-model", config):
     return 0

@@ -8,11 +8,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax.sharding import Mesh
 
+from rlft.cli import fields
 from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import fewest_shards, make_mesh, slices, tree_shardings
@@ -29,6 +30,7 @@ from rlft.probes.evaluate import Evaluation
 from rlft.rewards.verifiable import Judge
 from rlft.tasks import arithmetic, gsm8k
 
+T = TypeVar("T")
 MINI = Path(__file__).parent.parent / "assets" / "mini"
 
 
@@ -212,6 +214,37 @@ def examples(task: TaskConfig, split: str, count: int, start: int = 0) -> list[E
     annotations=task.annotations,
   )
   return rows[start:]
+
+
+def fitted(config: T) -> T:
+  """Settings whose untouched `max_new_tokens` leave half of a small model to prompts.
+
+  A default is nobody's wish: what was set stays, and is refused where it has no room.
+
+  Args:
+    config: of a command; has `model`.
+  """
+  model = config.model
+  room = (model.decoder or architecture(model_path(model.path))).max_positions // 2
+  for one in fields.walk(type(config)):
+    name = one.path.rpartition(".")[2]
+    if name == "max_new_tokens" and room < one.default == _at(config, one.path):
+      config = _with(config, one.path, room)
+      print(f"{one.path}={room}, since the model has {2 * room} positions")
+  return config
+
+
+def _at(config: Any, path: str) -> Any:
+  for name in path.split("."):
+    config = getattr(config, name, None)
+  return config
+
+
+def _with(config: Any, path: str, value: Any) -> Any:
+  name, _, rest = path.partition(".")
+  if rest:
+    value = _with(getattr(config, name), rest, value)
+  return dataclasses.replace(config, **{name: value})
 
 
 def train_examples(task: TaskConfig) -> list[Example]:

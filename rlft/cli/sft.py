@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = configs.from_args(args, SFTRun)
+  config = runs.fitted(configs.from_args(args, SFTRun))
   workdir = Path(args.workdir)
   if record.finished(workdir, "sft", config):
     return 0

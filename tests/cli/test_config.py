@@ -125,6 +125,19 @@ def test_a_broken_file_is_an_error_with_its_line(
     assert len(str(error.value)) < 1000
 
 
+def test_a_frozen_config_takes_overrides(tmp_path):
+  text = "import ml_collections as m\ndef get_config():\n"
+  path = write(tmp_path, text + "  return m.FrozenConfigDict({'steps': 3})\n")
+  line = argparse.Namespace(config=path, overrides=[("steps", "4")])
+  assert config_lib.from_args(line, Settings).steps == 4
+
+
+def test_an_empty_name_of_a_file_is_an_error():
+  line = argparse.Namespace(config="", overrides=[("steps", "4")])
+  with pytest.raises(ConfigError, match="no config file ''"):
+    config_lib.from_args(line, Settings)
+
+
 def test_a_file_does_not_move_the_command(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   config_lib.load(write(tmp_path, "import os\nos.chdir('/')\n" + GOOD))

@@ -15,6 +15,7 @@ GRPO = (
   "--config.grpo.max_new_tokens=4",
   "--config.task.train=8",
   "--config.eval_prompts=0",
+  "--config.eval.max_new_tokens=4",
 )
 
 

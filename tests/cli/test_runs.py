@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from unittest import mock
 
 import jax
 import pytest
 
-from rlft.cli import runs
+from rlft.cli import fields, runs
 from rlft.cli.runs import MeshConfig
 from rlft.core.errors import ConfigError
 from rlft.models import hub
+from rlft.models.decoder import DecoderConfig
+from rlft.probes.evaluate import EvalConfig
+from rlft.tasks import arithmetic
 
 GIB = 2**30
+LARGE = DecoderConfig(
+  vocab_size=9, width=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_width=8,
+  max_positions=4096,
+)  # fmt: skip
 WEIGHTS = 7_000_000_000  # of a 7B model
 
 
@@ -46,6 +55,31 @@ def test_an_architecture_and_its_weights_are_known_without_them():
   assert runs.weight_count(config) == sum(
     x.size for x in jax.tree.leaves(policy.params)
   )
+
+
+def test_defaults_leave_the_embedded_model_room_for_its_problems(commands):
+  """`rlft eval` and its like run as they are shown, without any setting."""
+  policy = hub.load(runs.MINI)
+  splits = ("train", "test", "dev", "ood_steps", "ood_numbers", "ood_templates")
+  texts = [one.prompt for split in splits for one in arithmetic.generate(split, 50)]
+  longest = max(len(policy.tokenizer(text)["input_ids"]) for text in texts)
+  for name, cls in commands.items():
+    if name in ("quickstart", "compare", "dpo"):  # which set their own, or sample none
+      continue
+    config = runs.fitted(cls())
+    found = [f for f in fields.walk(cls) if f.path.endswith("max_new_tokens")]
+    assert found, name
+    for one in found:
+      tokens = operator.attrgetter(one.path)(config)
+      assert longest + tokens <= policy.config.max_positions, (name, one.path)
+
+
+def test_what_was_set_is_not_shortened(commands):
+  cls = commands["eval"]
+  config = dataclasses.replace(cls(), eval=EvalConfig(max_new_tokens=200))
+  assert runs.fitted(config) == config
+  large = dataclasses.replace(cls(), model=runs.ModelConfig(decoder=LARGE))
+  assert runs.fitted(large) == large
 
 
 def test_a_run_that_finds_other_devices_than_expected_ends():
