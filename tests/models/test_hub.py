@@ -873,7 +873,7 @@ def test_a_real_llama_tells_its_published_story(data_dir):
 
 def test_a_real_gguf_answers(smollm2):
   policy = hub.load(smollm2)
-  assert policy.eos_ids == (2,)
+  assert policy.eos_ids == (2, 0)  # <|im_end|>, and <|endoftext|> by its text
   ids = policy.tokenizer.apply_chat_template(
     [{"role": "user", "content": "What is the capital of France?"}],
     add_generation_prompt=True,
