@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example, Reward, Rollout
@@ -92,9 +94,11 @@ def test_every_prompt_once_an_epoch_in_another_order_each():
 
 
 def test_prompts_without_room_are_left_out_and_counted(policy, caplog):
-  """`tokenizer` gives a token for each character; the model has 16 positions."""
-  fake = lambda texts: {"input_ids": [[1] * len(text) for text in texts]}
-  policy = dataclasses.replace(policy, tokenizer=fake)
+  """The tokenizer gives a token for each character; the model has 16 positions."""
+  core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 1}, unk_token="x"))
+  core.pre_tokenizer = tokenizers.pre_tokenizers.Split("x", behavior="isolated")
+  tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+  policy = dataclasses.replace(policy, tokenizer=tokenizer)
   examples = [Example(i, "x" * size, "", "") for i, size in enumerate((3, 11, 0, 12))]
   kept = rollouts.usable(policy, examples, max_new_tokens=5)
   assert [e.id for e in kept] == [0, 1]
