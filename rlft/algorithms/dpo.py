@@ -43,7 +43,7 @@ from rlft.sampling.score import token_logp
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, grouped, place
 from rlft.training.divergence import Guard
-from rlft.training.epochs import fit
+from rlft.training.epochs import Order, fit
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.pairs import (
@@ -365,12 +365,12 @@ def train(
   asked = [pair for rows in held.values() for pair in rows]
   for model in (policy, reference or policy):
     check_pair_ids([*pairs, *asked], model)
-  per_epoch = math.ceil(len(pairs) / config.batch_size)
-  planned = per_epoch * config.epochs
+  lengths = [pair.length for pair in pairs]
+  order = Order(lengths, config.batch_size, config.seed, lambda i: pairs[i].content)
   trainee = Trainee(
     policy,
     config.optimizer,
-    planned,
+    order.planned(config.epochs),
     lora=config.lora,
     dtype=config.compute_dtype,
     remat=config.remat,
@@ -407,11 +407,11 @@ def train(
     config.label_smoothing,
     config.micro_batches,
   )
-  lengths = [pair.length for pair in pairs]
 
-  def epoch_of(epoch: int) -> Iterator[DPOBatch]:
+  def epoch_of(epoch: int, seen: frozenset[int]) -> Iterator[DPOBatch]:
+    size, seed = config.batch_size, config.seed
     for length, members in grouped(
-      lengths, batch_size=config.batch_size, seed=config.seed, epoch=epoch
+      lengths, batch_size=size, seed=seed, epoch=epoch, seen=seen
     ):
       batch = collate_pairs([pairs[i] for i in members], config.batch_size, length)
       ref_B2 = np.zeros((config.batch_size, 2), np.float32)
@@ -428,8 +428,8 @@ def train(
     lambda state, batch: step(state, batch, trainee.base),
     trainee.state,
     epoch_of,
-    per_epoch,
-    planned,
+    order,
+    config.epochs,
     Guard(config.optimizer, policy.tokenizer),
     curves=("loss", "accuracy", "margin"),
     on_step=report,

@@ -37,7 +37,7 @@ from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Preference
 from rlft.training.data import completion_end, encode_prompts, encode_rows
 from rlft.training.divergence import Guard
-from rlft.training.epochs import Fitted, fit
+from rlft.training.epochs import Fitted, Order, fit
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.outcomes import (
@@ -206,15 +206,18 @@ def train_pairs(
     rows = [pair.chosen for pair in pairs]
   check_ids([row.tokens for row in rows], policy, "reference")
   start = _start(policy, "reward", config)
-  epoch_of = lambda epoch: pair_batches(
+  epoch_of = lambda epoch, seen: pair_batches(
     pairs,
     batch_size=config.batch_size,
     seed=config.seed,
     epoch=epoch,
+    seen=seen,
     mesh=start.model.mesh,
   )
+  lengths = [pair.length for pair in pairs]
+  order = Order(lengths, config.batch_size, config.seed, lambda i: pairs[i].content)
   trained, fitted = _fit(
-    start, pair_loss, epoch_of, len(pairs), config, on_step, saving, timers
+    start, pair_loss, epoch_of, order, config, on_step, saving, timers
   )
   if config.normalise:
     trained = normalise(trained, [row.tokens for row in rows])
@@ -286,16 +289,24 @@ def train_outcome(
     )
   start = _start(policy, "outcome", config)
   label_N = np.array([outcomes[i].label for i in kept], np.float32)
-  epoch_of = lambda epoch: outcome_batches(
-    [rows[i] for i in kept],
+  shown = [rows[i] for i in kept]
+  epoch_of = lambda epoch, seen: outcome_batches(
+    shown,
     label_N,
     batch_size=config.batch_size,
     seed=config.seed,
     epoch=epoch,
+    seen=seen,
     mesh=start.model.mesh,
   )
+  order = Order(
+    [len(row.tokens) for row in shown],
+    config.batch_size,
+    config.seed,
+    lambda i: shown[i].content + label_N[i].tobytes(),
+  )
   trained, fitted = _fit(
-    start, outcome_loss, epoch_of, len(kept), config, on_step, saving, timers
+    start, outcome_loss, epoch_of, order, config, on_step, saving, timers
   )
   return _result(trained, fitted, len(kept), len(rows), began)
 
@@ -337,8 +348,8 @@ def _start(
 def _fit(
   start: ScalarModel,
   loss: Callable[[Decoder, Any, Any], Sums],
-  epoch_of: Callable[[int], Iterator[Any]],
-  count: int,
+  epoch_of: Callable[[int, frozenset[int]], Iterator[Any]],
+  order: Order,
   config: RewardModelConfig,
   on_step: Callable[[int, int, dict[str, float]], None] | None,
   saving: Saving | None,
@@ -346,14 +357,12 @@ def _fit(
 ) -> tuple[ScalarModel, Fitted]:
   """Runs the updates; (trained model, what they gave)."""
   model = start.model.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
-  per_epoch = math.ceil(count / config.batch_size)
-  planned = per_epoch * config.epochs
   fitted = fit(
     make_train_step(loss, model, config.optimizer, config.micro_batches),
-    init_state(start.params, config.optimizer, planned),
+    init_state(start.params, config.optimizer, order.planned(config.epochs)),
     epoch_of,
-    per_epoch,
-    planned,
+    order,
+    config.epochs,
     Guard(config.optimizer, start.tokenizer),
     curves=("loss", "accuracy"),
     on_step=on_step,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -32,10 +31,9 @@ from rlft.training.data import (
   completion_end,
   encode_prompts,
   encode_rows,
-  grouped,
 )
 from rlft.training.divergence import Guard
-from rlft.training.epochs import fit
+from rlft.training.epochs import Order, fit
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
 from rlft.training.saving import Saving
@@ -193,37 +191,27 @@ def train(
   if not per_epoch:
     raise DataError("no token is in the loss: each row is one token long")
   epochs = config.update_tokens / per_epoch if config.update_tokens else config.epochs
-  # A batch that its epoch cannot fill is an update too.
-  batches_per_epoch = math.ceil(len(encoded) / config.batch_size)
-  planned = math.ceil(epochs * batches_per_epoch)
-
-  @functools.cache
-  def tokens_in(epoch: int) -> list[int]:
-    """Tokens in the loss of each of its batches."""
-    groups = grouped(
-      [len(row.tokens) for row in encoded],
-      batch_size=config.batch_size,
-      seed=config.seed,
-      epoch=epoch,
-    )
-    return [int(sum(sum(encoded[i].weight) for i in rows)) for _, rows in groups]
-
+  order = Order(
+    [len(row.tokens) for row in encoded],
+    config.batch_size,
+    config.seed,
+    lambda i: encoded[i].content,
+  )
   fitted = fit(
     make_train_step(model, config.optimizer, config.micro_batches),
-    init_state(policy.params, config.optimizer, planned),
-    lambda epoch: batches(
+    init_state(policy.params, config.optimizer, order.planned(epochs)),
+    lambda epoch, seen: batches(
       encoded,
       batch_size=config.batch_size,
       seed=config.seed,
       epoch=epoch,
+      seen=seen,
       mesh=model.mesh,
     ),
-    batches_per_epoch,
-    planned,
+    order,
+    epochs,
     Guard(config.optimizer, policy.tokenizer),
-    tokens_of=lambda update: tokens_in(update // batches_per_epoch)[
-      update % batches_per_epoch
-    ],
+    tokens_of=lambda rows: int(sum(sum(encoded[i].weight) for i in rows)),
     budget=config.update_tokens,
     on_step=on_step,
     saving=saving,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +58,11 @@ class TokenRow:
 
   tokens: tuple[int, ...]
   weight: tuple[float, ...]
+
+  @property
+  def content(self) -> bytes:
+    """What tells it from another row."""
+    return np.asarray(self.tokens, np.int32).tobytes()
 
 
 def encode_rows(
@@ -153,6 +158,7 @@ def batches(
   batch_size: int,
   seed: int,
   epoch: int,
+  seen: Collection[int] = (),
   mesh: Mesh | None = None,
 ) -> Iterator[TrainBatch]:
   """One epoch: every row exactly once, in an order that (seed, epoch) decides.
@@ -167,7 +173,7 @@ def batches(
   lengths = [len(row.tokens) for row in rows]
   padded = TokenRow((), ())
   for length, members in grouped(
-    lengths, batch_size=batch_size, seed=seed, epoch=epoch
+    lengths, batch_size=batch_size, seed=seed, epoch=epoch, seen=seen
   ):
     whole = [rows[i] for i in members] + [padded] * (batch_size - len(members))
     own = hosts.own_part(whole, mesh)
@@ -175,12 +181,22 @@ def batches(
 
 
 def grouped(
-  lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int
+  lengths: Sequence[int],
+  *,
+  batch_size: int,
+  seed: int,
+  epoch: int,
+  seen: Collection[int] = (),
 ) -> Iterator[tuple[int, list[int]]]:
-  """(bucket, rows) of every batch of an epoch; see `batches`."""
+  """(bucket, rows) of every batch of an epoch; see `batches`.
+
+  Rows that were `seen` are left out: an epoch's rest after other batches.
+  """
   order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
   by_bucket: dict[int, list[int]] = {}
   for i in order:
+    if int(i) in seen:
+      continue
     by_bucket.setdefault(bucket(lengths[i]), []).append(int(i))
   groups, carried = [], []
   for length in sorted(by_bucket):

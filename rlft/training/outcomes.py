@@ -6,7 +6,7 @@ Letters: B rows, T tokens, N outcomes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -184,6 +184,7 @@ def outcome_batches(
   batch_size: int,
   seed: int,
   epoch: int,
+  seen: Collection[int] = (),
   mesh: Mesh | None = None,
 ) -> Iterator[OutcomeBatch]:
   """One epoch: every row once, in the order and buckets of `training.data.batches`."""
@@ -192,6 +193,7 @@ def outcome_batches(
     batch_size=batch_size,
     seed=seed,
     epoch=epoch,
+    seen=seen,
   ):
     batch = collate([rows[i] for i in members], batch_size, length)
     label_B = np.zeros(batch_size, np.float32)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,11 @@ class TokenPair:
   @property
   def length(self) -> int:
     return max(len(self.chosen.tokens), len(self.rejected.tokens))
+
+  @property
+  def content(self) -> bytes:
+    """What tells it from another pair."""
+    return self.chosen.content + b"|" + self.rejected.content
 
 
 def encode_pairs(
@@ -146,10 +151,15 @@ def pair_batches(
   batch_size: int,
   seed: int,
   epoch: int,
+  seen: Collection[int] = (),
   mesh: Mesh | None = None,
 ) -> Iterator[PairBatch]:
   """One epoch: every pair once, in the order and buckets of `training.data.batches`."""
   for length, members in grouped(
-    [pair.length for pair in pairs], batch_size=batch_size, seed=seed, epoch=epoch
+    [pair.length for pair in pairs],
+    batch_size=batch_size,
+    seed=seed,
+    epoch=epoch,
+    seen=seen,
   ):
     yield place(collate_pairs([pairs[i] for i in members], batch_size, length), mesh)

@@ -14,7 +14,7 @@ from rlft.core.errors import ConfigError, DivergenceError
 from rlft.core.types import Example, Reward
 from rlft.training.checkpoint import Checkpointer
 from rlft.training.divergence import Guard
-from rlft.training.epochs import fit
+from rlft.training.epochs import Order, fit
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.saving import Saving
 from rlft.training.step import init_state, make_step
@@ -114,9 +114,9 @@ def fitted(bad, config=RATE, saving=None, updates=8, scale=np.nan):
   out = fit(
     make_step(quadratic, config),
     init_state({"w": jnp.float32(1.0)}, config, updates),
-    lambda epoch: map(batch_of, range(updates)),
-    updates,
-    updates,
+    lambda epoch, seen: map(batch_of, range(updates)),
+    Order([1] * updates, batch_size=1, seed=0),
+    1,
     Guard(config),
     on_step=lambda i, of, metrics: seen.append((i, metrics["skipped"])),
     saving=saving,

@@ -23,7 +23,7 @@ from rlft.tasks.tokenizer import word_tokenizer
 from rlft.training import metrics
 from rlft.training.checkpoint import Checkpointer
 from rlft.training.divergence import Guard
-from rlft.training.epochs import fit
+from rlft.training.epochs import Order, fit
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.saving import Saving
 from rlft.training.step import init_state, make_step
@@ -71,9 +71,9 @@ def test_two_thousand_updates(tmp_path):
     fit(
       make_step(loss, config),
       init_state({"w": jnp.ones((16, 16))}, config, 2000),
-      lambda epoch: map(batch_of, range(2000)),
-      2000,
-      2000,
+      lambda epoch, seen: map(batch_of, range(2000)),
+      Order([1] * 2000, batch_size=1, seed=0),
+      1,
       Guard(config),
       on_step=on_step,
       saving=Saving(checkpoints, every=50),
