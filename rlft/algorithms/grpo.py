@@ -108,7 +108,11 @@ class GRPOConfig:
     micro_batches: parts of a minibatch; changes memory only.
     dynamic_sampling: most further draws of prompts in place of groups whose rewards are
       all equal, which carry no gradient; 0 trains on what came first.
-    mask_truncated: leaves rows that the length limit cut out of the loss.
+    kl_every: without a KL term, iterations between measurements of the KL to the start,
+      which cost a pass of scoring each; the last one is always measured, 0 never.
+    mask_truncated: leaves rows that the length limit cut out of the loss and of every
+      baseline: they have not ended, and may be right by accident. False judges them as
+      any other, or by `missing_eos` of the reward.
     old_logp: see `PPOConfig`.
     lora, compute_dtype, remat, max_tokens, max_rows, eval_every, seed: see `PPOConfig`.
   """
@@ -133,7 +137,8 @@ class GRPOConfig:
   minibatches: int = 1
   micro_batches: int = 1
   dynamic_sampling: int = 0
-  mask_truncated: bool = False
+  kl_every: int = 10
+  mask_truncated: bool = True
   old_logp: Literal["auto", "recompute", "sampler"] = "auto"
   lora: LoRAConfig | None = None
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -151,7 +156,7 @@ class GRPOConfig:
     for name in positive:
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
-    for name in ("kl_reward", "dynamic_sampling"):
+    for name in ("kl_reward", "dynamic_sampling", "kl_every"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
     if not self.temperature > 0:
@@ -396,7 +401,7 @@ class _Run:
     rollout, judged, seen = self._collect(reward, tell, timers)
     rows = rollouts.region(rollout)
     with timers.phase("score"):
-      logps = self.updater.start_logps(index, rows, self.needs_reference)
+      logps = self.updater.start_logps(index, rows, self._measures_kl(index))
       old_logp, ref_logp, gap = logps()
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp)
@@ -447,7 +452,7 @@ class _Run:
       with timers.phase("reward"):
         judged = rollouts.judge(reward, rollout, prompts, self.mesh)
         judged = rollouts.with_steps_added(judged, rollout)
-      equal_G = _equal_groups(judged, size)
+      equal_G = _equal_groups(judged, self._counted(rollout, judged), size)
       if attempt == 0:
         first_equal = float(hosts.together(equal_G, self.mesh).mean())
       for group, equal in enumerate(equal_G):
@@ -458,27 +463,38 @@ class _Run:
     drawn = {"groups/equal": first_equal, "groups/draws": float(attempt + 1)}
     if attempt:
       rollout, judged = rollouts.join_groups(groups, size)
-    seen = rollouts.rollout_metrics(rollout, judged, self.mesh) | drawn
+    ends = self.trainee.start.eos_ids
+    seen = rollouts.rollout_metrics(rollout, judged, self.mesh, ends) | drawn
     # Where too few groups differ the rest is filled up: they have no gradient.
     if attempt:
       rollout, judged = rollouts.join_groups(groups[:own], size)
     return rollout, judged, seen
 
+  def _measures_kl(self, index: int) -> bool:
+    """Whether the reference scores this iteration's rows."""
+    every, last = self.config.kl_every, index + 1 == self.config.iterations
+    return self.needs_reference or bool(every and (last or index % every == 0))
+
+  def _counted(self, rollout: Rollout, judged: Reward) -> np.ndarray:
+    """bool [B]: rows that train, and that baselines are made of."""
+    if self.config.mask_truncated:
+      return judged.judged & rollout.finished
+    return judged.judged
+
   def _batch(self, rollout, judged: Reward, rows: Region, old_logp, ref_logp):
     """The rows with their advantages, and the numbers that go with them."""
     config = self.config
-    mask_BC = rows.chosen & judged.judged[:, None]
-    if config.mask_truncated:
-      mask_BC = mask_BC & rollout.finished[:, None]
-    value_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
+    counted_B = self._counted(rollout, judged)
+    mask_BC = rows.chosen & counted_B[:, None]
+    value_B = np.where(counted_B, judged.value, 0.0).astype(np.float32)
     stats = {}
     if ref_logp is not None:
-      # Of rows that were cut as well: masked or not, they are in the baselines.
+      # Of all that was sampled, rows that were cut as well.
       kl_B = np.where(rows.chosen, old_logp - ref_logp, 0.0).sum(1)
       value_B = value_B - config.kl_reward * kl_B
       stats["kl/sequence"] = float(hosts.together(kl_B, self.mesh).mean())
     value_B, judged_B, trained_B = hosts.together(
-      (value_B, judged.judged, mask_BC.any(1)), self.mesh
+      (value_B, counted_B, mask_BC.any(1)), self.mesh
     )
     advantage_B, found = jax.device_get(
       _advantages(
@@ -528,10 +544,10 @@ class _Run:
     return stats
 
 
-def _equal_groups(judged: Reward, size: int) -> np.ndarray:
-  """bool [groups]: all judged rewards of the group are equal, or there are none."""
+def _equal_groups(judged: Reward, counted_B: np.ndarray, size: int) -> np.ndarray:
+  """bool [groups]: all rewards of the group that count are equal, or there are none."""
   value_GK = judged.value.reshape(-1, size)
-  known_GK = judged.judged.reshape(-1, size)
+  known_GK = counted_B.reshape(-1, size)
   low = np.where(known_GK, value_GK, np.inf).min(1)
   high = np.where(known_GK, value_GK, -np.inf).max(1)
   return ~(high > low)

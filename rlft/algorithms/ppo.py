@@ -109,11 +109,12 @@ class PPOConfig:
     kl_target: adapts kl_coef to hold the KL of a sequence there (nats); 0 keeps it.
     kl_horizon: episodes over which it adapts.
     whiten_advantages: whether advantages get mean 0 and variance 1 over an iteration.
-    scale_rewards: whether scores get standard deviation 1 over an iteration; their mean
-      stays.
-    truncated: what a row is whose completion the length limit cut: "score" as any
-      other, "mask" leaves it out of the loss, "bootstrap" adds the value of its last
-      state.
+    scale_rewards: whether rows' rewards, those of their steps included, get standard
+      deviation 1 over an iteration; their mean stays.
+    truncated: what a row is whose completion the length limit cut, which has not ended
+      and may be right by accident ("#### 1" of "#### 12"): "mask" leaves it out,
+      "bootstrap" takes the value of its last state in place of its score, "score"
+      judges it as any other, or by `missing_eos` of the reward.
     value: "separate" model, or a head on a "shared" trunk.
     critic_warmup: first iterations that train the (separate) value model only.
     old_logp: where old log-probabilities come from: "recompute" them, take the
@@ -153,7 +154,7 @@ class PPOConfig:
   kl_horizon: int = 10_000
   whiten_advantages: bool = True
   scale_rewards: bool = False
-  truncated: Literal["score", "mask", "bootstrap"] = "score"
+  truncated: Literal["score", "mask", "bootstrap"] = "mask"
   value: Literal["separate", "shared"] = "separate"
   critic_warmup: int = 0
   old_logp: Literal["auto", "recompute", "sampler"] = "auto"
@@ -470,6 +471,17 @@ def _check(policy: Policy, config: PPOConfig, value: ScalarModel | None) -> None
   scalars.check_same_tokenizer(policy, value)
 
 
+def _scaled(score_B, step_BC, scored_B, mesh) -> tuple[np.ndarray, np.ndarray]:
+  """Rewards of rows over the deviation of their sums, whose mean over what was scored
+  stays; steps are divided, and the score takes the rest."""
+  own_B = score_B + step_BC.sum(1)
+  sum_B, of_B = hosts.together((own_B, scored_B), mesh)
+  white_B = hosts.own_part(np.asarray(adv.whiten(sum_B, of_B, shift_mean=False)), mesh)
+  std = float(sum_B[of_B].std()) if of_B.any() else 0.0
+  step_BC = step_BC / (std if std > 1e-4 else 1.0)
+  return np.where(scored_B, white_B - step_BC.sum(1), score_B), step_BC
+
+
 class _Run:
   """The state of a run, and one iteration of it."""
 
@@ -575,7 +587,8 @@ class _Run:
       value_BC = value()
     with timers.phase("advantages"):
       batch, stats = self._batch(rollout, judged, rows, old_logp, ref_logp, value_BC)
-    stats |= rollouts.rollout_metrics(rollout, judged, mesh) | gap
+    ends = self.trainee.start.eos_ids
+    stats |= rollouts.rollout_metrics(rollout, judged, mesh, ends) | gap
     with timers.phase("update"):
       updates = self._update(index, batch, tell)
     trained = "ratio_mean" in updates
@@ -608,16 +621,18 @@ class _Run:
     """The rows with their advantages, and the numbers that go with them."""
     config, mesh = self.config, self.trainee.start.model.mesh
     columns = rows.columns
-    mask_BC = rows.chosen & judged.judged[:, None]
-    if config.truncated == "mask":
-      mask_BC = mask_BC & rollout.finished[:, None]
-    score_B = np.where(judged.judged, judged.value, 0.0).astype(np.float32)
-    if config.scale_rewards:
-      both = hosts.together((score_B, judged.judged), mesh)
-      score_B = hosts.own_part(np.asarray(adv.whiten(*both, shift_mean=False)), mesh)
-    reward_BC = rollouts.final_rewards(score_B, rows.chosen)
+    scored_B = judged.judged
+    if config.truncated != "score":
+      scored_B = scored_B & rollout.finished
+    trained_B = scored_B if config.truncated == "mask" else judged.judged
+    mask_BC = rows.chosen & trained_B[:, None]
+    score_B = np.where(scored_B, judged.value, 0.0).astype(np.float32)
+    step_BC = np.zeros(mask_BC.shape, np.float32)
     if judged.step is not None:
-      reward_BC = reward_BC + judged.step[:, :columns]
+      step_BC = np.where(mask_BC, judged.step[:, :columns], np.float32(0))
+    if config.scale_rewards:
+      score_B, step_BC = _scaled(score_B, step_BC, scored_B, mesh)
+    reward_BC = rollouts.final_rewards(score_B, rows.chosen) + step_BC
     bootstrap_B = np.zeros(len(score_B), np.float32)
     if config.truncated == "bootstrap":
       after_B = np.take_along_axis(value_BC, rollout.lengths[:, None], axis=1)[:, 0]

@@ -30,6 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlft.algorithms import sft
+from rlft.core import rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Reward, Rollout
@@ -234,7 +235,7 @@ def balance(
     return list(solutions)
   most_good = max(1, round(len(bad) * good_per_bad))
   most_bad = max(1, round(len(good) / good_per_bad))
-  noise = np.random.default_rng([seed, Purpose.SHUFFLE])
+  noise = rng.numpy(seed, rng.Stream.BALANCE)
   keep = set()
   for members, most in ((good, most_good), (bad, most_bad)):
     keep |= set(noise.permutation(members)[:most].tolist())

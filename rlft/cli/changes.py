@@ -30,7 +30,7 @@ MAY_CHANGE = (
   r"(learning_rate|schedule|warmup_steps|total_steps|end_factor|max_nonfinite"
   r"|clip_norm|weight_decay)",
   # What PPO and GRPO read anew in every iteration, and say in every line.
-  r"ppo\.(kl_coef|kl_target|kl_horizon|old_logp)|grpo\.old_logp",
+  r"ppo\.(kl_coef|kl_target|kl_horizon|old_logp)|grpo\.(old_logp|kl_every)",
 )
 # Not where a dev score chooses what is kept: old and new ones would be compared.
 EVALUATION = r"eval\..*|eval_(splits|prompts)|outcomes\.eval_.*|preferences\.other.*"

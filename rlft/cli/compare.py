@@ -34,7 +34,7 @@ from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, load_scalar, save_scalar
 from rlft.probes import reasoning
 from rlft.probes.evaluate import EvalConfig, evaluate
-from rlft.rewards.learned import row_values
+from rlft.rewards.learned import score_rows
 from rlft.sampling.generate import generate
 from rlft.training.metrics import MetricWriter
 from rlft.training.outcomes import sample_outcomes
@@ -265,7 +265,7 @@ class _Bench:
 
   def _write(self, arm: str, where: Path, trained: Trained, seconds: float) -> None:
     config, orm = self.config, self.orm()
-    score = lambda rows: [float(value[-1]) for value in row_values(orm, rows)]
+    score = score_rows(orm)
     reports, evaluations = {}, {}
     known = self._known(arm)
     for split in config.eval_splits:

@@ -52,6 +52,10 @@ class GRPORun:
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
 
+  def __post_init__(self):
+    taught = "False" if self.grpo.mask_truncated else ""
+    rl.check_missing_eos(self.reward, "grpo.mask_truncated", taught)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   configs.add_arguments(parser, GRPORun, workdir="runs/grpo")

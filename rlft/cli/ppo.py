@@ -56,6 +56,10 @@ class PPORun:
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
 
+  def __post_init__(self):
+    taught = "score" if self.ppo.truncated != "score" else ""
+    rl.check_missing_eos(self.reward, "ppo.truncated", taught)
+
   @property
   def trained(self) -> int:
     """Models that train."""

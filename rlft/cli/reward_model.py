@@ -68,7 +68,8 @@ class OutcomesConfig:
   """How outcomes are sampled; the prompts are those of `task`.
 
   Attributes:
-    samples, temperature, max_new_tokens, max_rows: of sampling, K a prompt.
+    samples, temperature, max_new_tokens, stop, few_shot, max_rows: of sampling, K a
+      prompt; few_shot is text before prompts of which the model learns nothing.
     eval_splits, eval_prompts: of the task, for the area under the curve.
     seed: of the noise.
   """
@@ -76,6 +77,8 @@ class OutcomesConfig:
   samples: int = 8
   temperature: float = 1.0
   max_new_tokens: int = 256
+  stop: tuple[str, ...] = ()
+  few_shot: str = ""
   max_rows: int = 128
   eval_splits: tuple[str, ...] = ("test",)
   eval_prompts: int = 100
@@ -235,6 +238,8 @@ def sample(
       one.samples,
       max_new_tokens=one.max_new_tokens,
       temperature=one.temperature,
+      stop=one.stop,
+      few_shot=one.few_shot,
       chat=config.train.chat,
       seed=one.seed,
       max_rows=one.max_rows,

@@ -62,6 +62,22 @@ def steps_of(task: runs.TaskConfig) -> Callable[[str], list[tuple[int, str]]]:
   return arithmetic.steps if task.name == "arithmetic" else gsm8k.steps
 
 
+def check_missing_eos(reward: RewardChoice, name: str, taught: str) -> None:
+  """Raises where a rule for completions that were cut would have no effect.
+
+  Args:
+    reward: has the rule.
+    name: of the method's setting that leaves those out.
+    taught: its value that does not; "" where it does not already.
+  """
+  rule = reward.config.missing_eos
+  if taught and rule in ("penalty", "replace"):
+    raise ConfigError(
+      f"reward.config.missing_eos={rule!r} pays completions that the length limit cut, "
+      f"and {name} leaves those out: set {name}={taught}, or missing_eos='score'"
+    )
+
+
 def learned_model(choice: RewardChoice, policy: Policy) -> ScalarModel | None:
   """The model of a learned reward, on the policy's mesh."""
   return load_scalar(choice.model, mesh=policy.model.mesh) if choice.learned else None

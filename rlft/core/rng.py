@@ -26,6 +26,16 @@ class Purpose(enum.IntEnum):
   OUTCOME = 5
 
 
+class Stream(enum.IntEnum):
+  """What the host's streams are for; see `numpy`."""
+
+  PROMPTS = 3
+  MINIBATCHES = 6
+  ROWS = 7
+  BATCHES = 8
+  BALANCE = 9
+
+
 def check_seed(seed: int) -> int:
   """Returns the seed, or raises `ConfigError` when it is not a 32-bit integer."""
   whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
@@ -38,6 +48,14 @@ def key(seed: int | jax.Array, purpose: Purpose | jax.Array, step: int | jax.Arr
   """The key of one purpose at one step (threefry, whatever jax's default is)."""
   base = jax.random.key(jnp.asarray(seed, jnp.uint32), impl="threefry2x32")
   return jax.random.fold_in(jax.random.fold_in(base, purpose), step)
+
+
+def numpy(seed: int, stream: Stream, *index: int) -> np.random.Generator:
+  """A stream of the host, at an index of integers.
+
+  A stream has one number of them: numpy takes [s, 3, e] and [s, 3, e, 0] for the same.
+  """
+  return np.random.default_rng([seed, stream, *index])
 
 
 def row_keys(base: jax.Array, prompt_ids_B: jax.Array, samples_B: jax.Array):

@@ -14,6 +14,7 @@ from rlft.models.hub import Policy
 from rlft.probes import reasoning
 from rlft.rewards.verifiable import Judge, judge_all, title_of, verdicts_of_all
 from rlft.sampling.generate import generate
+from rlft.sampling.stops import by_stop
 from rlft.training.data import encode_prompts
 from rlft.training.rollouts import usable
 
@@ -98,8 +99,9 @@ def evaluate(
     config: see `EvalConfig`. Two policies evaluated under one seed see the same noise.
     known_chains: chains that are not novel, see `probes.reasoning.report`.
     sampler: called as `generate` is; of a policy that is conditioned, say.
-    score: of rows of ids, a prompt and what was chosen after it; adds rerank@k and
-      weighted@k to the report.
+    score: of rows of ids, a prompt and what was chosen after it, and an end after a
+      stop string, such as `rewards.learned.score_rows`; adds rerank@k and weighted@k to
+      the report.
     on_progress: called with (prompts done, prompts to do); each counts twice.
 
   Returns:
@@ -144,9 +146,12 @@ def evaluate(
   verdicts = judge_all(judge, texts, examples[:real]) if real else []
   scores = None
   if score is not None:
-    chosen = zip(drawn.tokens, drawn.completion_mask)
+    chosen = zip(drawn.tokens, drawn.completion_mask, by_stop(drawn, policy.eos_ids))
     scores = score(
-      [[*prompts[i // k], *row[mask].tolist()] for i, (row, mask) in enumerate(chosen)]
+      [
+        [*prompts[i // k], *row[mask].tolist(), *policy.eos_ids[: int(stopped)]]
+        for i, (row, mask, stopped) in enumerate(chosen)
+      ]
     )
   seconds = greedy.stats["seconds"] + drawn.stats["seconds"]
   greedy_verdicts = verdicts_of_all(greedy_verdicts, mesh)

@@ -82,8 +82,9 @@ class RewardConfig:
       `missing_eos_value` in its place, "mask" counts the row as not judged. What its
       steps were paid stays, except with "mask".
     missing_eos_value: see above; None where it has no use.
-    score_clip: the weighted sum is clipped to [-score_clip, score_clip], before the
-      rule above; None does not clip.
+    score_clip: what a row is paid, the weighted sum and its steps together, is clipped
+      to [-score_clip, score_clip] before the rule above: score and steps shrink by one
+      factor. None does not clip.
     max_failures: share of a rollout's rows that may fail (the function raises, hangs or
       dies) and be masked, rounded up to whole rows; above it the run stops. 0 stops at
       the first.
@@ -308,7 +309,9 @@ class ComposedReward:
       if function.weight:
         judged_B &= known
         total_B += function.weight * np.where(known, value_B, 0.0)
-    total_B, judged_B = settle(total_B, judged_B, finished_B, self.config)
+    total_B, step_BC, judged_B = settle(
+      total_B, step_BC, judged_B, finished_B, self.config
+    )
     if (large_B := np.abs(total_B) > worker.MAX_FLOAT32).any():
       row = int(np.argmax(large_B))
       what = (
@@ -346,30 +349,36 @@ class ComposedReward:
 
 def settle(
   total_B: np.ndarray,
+  step_BC: np.ndarray | None,
   judged_B: np.ndarray,
   finished_B: np.ndarray,
   config: RewardConfig,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Clips scores, then applies the rule for completions that did not end.
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+  """Clips what rows are paid, then applies the rule for completions that did not end.
 
   Args:
     total_B: float [B], scores.
+    step_BC: float [B, C], what is paid on the way; None is nothing.
     judged_B: bool [B], rows that have one.
     finished_B: bool [B], False where the length limit cut the completion.
     config: `score_clip` and `missing_eos`.
 
   Returns:
-    (value [B], 0 where not judged; judged [B]).
+    (value [B], 0 where not judged; steps; judged [B]).
   """
-  if config.score_clip is not None:
+  if config.score_clip is not None and step_BC is None:
     total_B = np.clip(total_B, -config.score_clip, config.score_clip)
+  elif config.score_clip is not None:
+    paid_B = np.abs(total_B + step_BC.sum(1))
+    part_B = config.score_clip / np.maximum(paid_B, config.score_clip)
+    total_B, step_BC = total_B * part_B, step_BC * part_B[:, None].astype(np.float32)
   if config.missing_eos == "penalty":
     total_B = total_B - np.where(finished_B, 0.0, config.missing_eos_value)
   elif config.missing_eos == "replace":
     total_B = np.where(finished_B, total_B, config.missing_eos_value)
   elif config.missing_eos == "mask":
     judged_B = judged_B & finished_B
-  return np.where(judged_B, total_B, 0.0), judged_B
+  return np.where(judged_B, total_B, 0.0), step_BC, judged_B
 
 
 def compose(

@@ -29,6 +29,7 @@ from rlft.rewards.contract import RewardConfig, settle
 from rlft.rewards.verifiable import Steps, step_ends
 from rlft.sampling.buckets import bucket
 from rlft.sampling.score import check_rows, in_blocks
+from rlft.sampling.stops import by_stop
 
 _jit_last_value = jax.jit(last_value, static_argnums=0)
 _jit_token_values = jax.jit(token_values, static_argnums=0)
@@ -104,6 +105,37 @@ def probability(logit: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------- rewards of algorithms
 
 
+def ended_rows(
+  scalar: ScalarModel, rollout: Rollout, policy: Policy | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """A rollout's rows (tokens, mask) as a model was trained to read them.
+
+  Its score stands at the token that ends a completion, which rows that a stop string
+  ended do not have: they get it. Rows that the length limit cut stay as they are.
+  """
+  tokens, mask = rollout.tokens, rollout.mask
+  ends = (*scalar.eos_ids, *(policy.eos_ids if policy is not None else ()))
+  rows = by_stop(rollout, ends) & (mask.sum(1) < scalar.config.max_positions)
+  if not scalar.eos_ids or not rows.any():
+    return tokens, mask
+  tokens, mask = (np.pad(x, ((0, 0), (0, 1))) for x in (tokens, mask))
+  at = np.flatnonzero(rows), _last(mask)[rows] + 1
+  tokens[at], mask[at] = scalar.eos_ids[0], True
+  return tokens, mask
+
+
+def score_rows(scalar: ScalarModel) -> Callable[[Sequence[Sequence[int]]], list[float]]:
+  """Scores of rows of ids, to rerank and to vote by: an outcome model's probabilities
+  (a vote that is weighted by logits would weigh it against the lowest of its prompt), a
+  reward model's values."""
+  read = probability if scalar.kind == "outcome" else lambda value: value
+  return lambda ids: [float(read(value[-1])) for value in row_values(scalar, ids)]
+
+
+def _last(mask_BT: np.ndarray) -> np.ndarray:
+  return mask_BT.shape[1] - 1 - np.argmax(mask_BT[:, ::-1], axis=1)
+
+
 def reward_model_reward(
   scalar: ScalarModel,
   policy: Policy | None = None,
@@ -111,7 +143,7 @@ def reward_model_reward(
   name: str = "reward_model",
   max_tokens: int = 16384,
 ) -> Callable[[Rollout, Sequence[Example]], Reward]:
-  """A reward model as the reward of an algorithm: its value at the last real token.
+  """A reward model as the reward of an algorithm: its value at a completion's end.
 
   Args:
     scalar: the reward model, normalised; it must have been trained on prompts as they
@@ -133,7 +165,8 @@ def reward_model_reward(
 
   def reward(rollout: Rollout, examples: Sequence[Example]) -> Reward:
     began = time.perf_counter()
-    value_B = final_values(scalar, rollout.tokens, rollout.mask, max_tokens)
+    rows = ended_rows(scalar, rollout, policy)
+    value_B = final_values(scalar, *rows, max_tokens)
     return _reward(rollout, value_B, None, config, name, began)
 
   return reward
@@ -177,17 +210,18 @@ def orm_reward(
 
   def reward(rollout: Rollout, examples: Sequence[Example]) -> Reward:
     began = time.perf_counter()
+    tokens, mask = ended_rows(orm, rollout, policy)
     if mode == "final":
-      logit_B = final_values(orm, rollout.tokens, rollout.mask, max_tokens)
+      logit_B = final_values(orm, tokens, mask, max_tokens)
       return _reward(rollout, probability(logit_B), None, config, name, began)
     ends_BC = step_ends(rollout, orm.tokenizer, steps)
-    columns = ends_BC.shape[1]
-    value_BT = probability(every_value(orm, rollout.tokens, rollout.mask, max_tokens))
-    last_B = rollout.mask.shape[1] - 1 - np.argmax(rollout.mask[:, ::-1], axis=1)
-    rows = np.arange(len(last_B))
-    step_BC = np.where(ends_BC, value_BT[:, -columns:], np.float32(0))
-    step_BC[rows, last_B - (value_BT.shape[1] - columns)] = 0  # `value` pays there
-    value_B = value_BT[rows, last_B]
+    first = rollout.mask.shape[1] - ends_BC.shape[1]
+    value_BT = probability(every_value(orm, tokens, mask, max_tokens))
+    rows = np.arange(len(mask))
+    step_BC = value_BT[:, first : rollout.mask.shape[1]]
+    step_BC = np.where(ends_BC, step_BC, np.float32(0))
+    step_BC[rows, _last(rollout.mask) - first] = 0  # `value` pays there
+    value_B = value_BT[rows, _last(mask)]
     return _reward(rollout, value_B, step_BC, config, name, began)
 
   return reward
@@ -218,8 +252,9 @@ def _reward(
       "finite: the model's weights or its normalisation are damaged"
     )
   finished_B = np.asarray(rollout.finished, bool)
-  value_B, judged_B = settle(
-    score_B, np.ones(score_B.shape, bool), finished_B, config or RewardConfig()
+  known_B = np.ones(score_B.shape, bool)
+  value_B, step_BC, judged_B = settle(
+    score_B, step_BC, known_B, finished_B, config or RewardConfig()
   )
   each = {name: score_B}
   if step_BC is not None:

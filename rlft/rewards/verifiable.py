@@ -190,6 +190,9 @@ def overlong_penalty(max_tokens: int, buffer: int) -> Function:
     max_tokens: L_max.
     buffer: L_cache.
 
+  Rows that the length limit cut learn it where they train: `mask_truncated=False` of
+  GRPO, `truncated="score"` of PPO.
+
   Source: DAPO (arXiv 2503.14476) equation 13.
   """
   if not 0 < buffer <= max_tokens:

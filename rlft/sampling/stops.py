@@ -29,6 +29,8 @@ from rlft.core.errors import ConfigError
 if TYPE_CHECKING:
   import transformers
 
+  from rlft.core.types import Rollout
+
 START, TERMINAL = 0, 1
 # Tables smaller than this share one shape, so that usual stops never recompile.
 MIN_STATES = 16
@@ -342,3 +344,11 @@ def decode_completion(
     raise ConfigError(f"token id {min(ids)} is negative; cut the padding off first.")
   text = b"".join(pieces[index] for index in ids if index < len(pieces))
   return cut(text, stops).decode("utf-8", "replace")
+
+
+def by_stop(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:
+  """bool [B]: rows that a stop string ended, and no token that ends completions."""
+  chosen = rollout.completion_mask
+  last_B = chosen.shape[1] - 1 - np.argmax(chosen[:, ::-1], axis=1)
+  last_B = rollout.tokens[np.arange(len(last_B)), last_B]
+  return np.asarray(rollout.finished, bool) & ~np.isin(last_B, list(eos_ids))

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from rlft.core import hosts
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.sampling.buckets import bucket
 from rlft.text.encode import (
@@ -192,7 +192,7 @@ def grouped(
 
   Rows that were `seen` are left out: an epoch's rest after other batches.
   """
-  order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+  order = rng.numpy(seed, rng.Stream.ROWS, epoch).permutation(len(lengths))
   by_bucket: dict[int, list[int]] = {}
   for i in order:
     if int(i) in seen:
@@ -207,7 +207,7 @@ def grouped(
     carried = members[whole:]
   if carried:
     groups.append((max(by_bucket), carried))
-  for g in np.random.default_rng([seed, epoch, 1]).permutation(len(groups)):
+  for g in rng.numpy(seed, rng.Stream.BATCHES, epoch).permutation(len(groups)):
     yield groups[g]
 
 

@@ -24,7 +24,7 @@ from rlft.training.data import grouped
 from rlft.training.divergence import Guard
 from rlft.training.metrics import PhaseTimers
 from rlft.training.saving import Saving
-from rlft.training.step import TrainState, go_on_from
+from rlft.training.step import COUNT, TrainState, go_on_from
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +236,11 @@ def fit(
 
   def report(update: int, metrics: Mapping[str, Any], batch: Any) -> dict[str, float]:
     with timers.phase("update"):
-      metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+      metrics = {
+        name: float(x)
+        for name, x in jax.device_get(metrics).items()
+        if not name.startswith(COUNT)
+      }
     progress.skipped += int(metrics["skipped"])
     for name, values in progress.curves.items():
       values.append(metrics[name])

@@ -13,13 +13,14 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from rlft.core.errors import DataError
+from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel
 from rlft.models.tokens import check_ids
 from rlft.rewards.verifiable import Judge, Steps, judge_all, step_ends
+from rlft.sampling.stops import by_stop
 from rlft.training.data import (
   TokenRow,
   collate,
@@ -37,7 +38,7 @@ class Outcome:
   Attributes:
     prompt_id: of its example.
     prompt: the text that was continued.
-    tokens: the sampled ids, with EOS where there is one.
+    tokens: the sampled ids, with EOS where it ended; after a stop string as well.
     ends: indices into `tokens` at which a step ends.
     label: 1 for a right final answer, 0 for a wrong one; between them, a probability.
   """
@@ -75,6 +76,8 @@ def sample_outcomes(
   *,
   max_new_tokens: int,
   temperature: float = 1.0,
+  stop: Sequence[str] = (),
+  few_shot: str = "",
   chat: bool = False,
   seed: int = 0,
   step: int = 0,
@@ -89,7 +92,8 @@ def sample_outcomes(
     judge: of the task; its `correct` is the label.
     steps: of the task, such as `arithmetic.steps`.
     samples: K of each prompt.
-    max_new_tokens, temperature, max_rows, on_progress: as for `generate`.
+    max_new_tokens, temperature, stop, max_rows, on_progress: as for `generate`.
+    few_shot: text before every prompt while sampling; the outcomes are without it.
     chat: put prompts into the chat template.
     seed, step: address the noise.
 
@@ -97,13 +101,20 @@ def sample_outcomes(
     K outcomes of each example, samples of a prompt adjacent; those that the length
     limit cut are among them. Prompts without room for a completion are left out.
   """
-  examples = usable(policy, examples, max_new_tokens, chat)
+  if few_shot and chat:
+    raise ConfigError("few_shot is for base models, chat for chat models: choose one")
+  plain, shown = {e.id: e for e in examples}, examples
+  if few_shot:
+    shown = [dataclasses.replace(e, prompt=few_shot + e.prompt) for e in examples]
+  shown = usable(policy, shown, max_new_tokens, chat)
+  examples = [plain[e.id] for e in shown]
   rollout = sample(
     policy,
-    examples,
+    shown,
     samples=samples,
     temperature=temperature,
     max_new_tokens=max_new_tokens,
+    stop=stop,
     seed=seed,
     step=step,
     chat=chat,
@@ -114,11 +125,15 @@ def sample_outcomes(
   )
   verdicts = judge_all(judge, rollout.completions, examples)
   ends_BC = step_ends(rollout, policy.tokenizer, steps)
+  stopped_B = by_stop(rollout, policy.eos_ids)
   return [
     Outcome(
       prompt_id=examples[row // samples].id,
       prompt=examples[row // samples].prompt,
-      tokens=tuple(rollout.tokens[row][rollout.completion_mask[row]].tolist()),
+      tokens=(
+        *rollout.tokens[row][rollout.completion_mask[row]].tolist(),
+        *policy.eos_ids[: int(stopped_B[row])],
+      ),
       ends=tuple(np.flatnonzero(ends_BC[row]).tolist()),
       label=float(verdict.correct),
     )

@@ -24,7 +24,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from rlft.core import hosts
+from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import batch_shards, constrain
 from rlft.core.rng import Purpose
@@ -34,7 +34,9 @@ from rlft.models.scalar import ScalarModel, scalar_head
 from rlft.sampling.buckets import bucket
 from rlft.sampling.generate import generate
 from rlft.sampling.score import completion_hidden, completion_logp
+from rlft.sampling.stops import by_stop
 from rlft.training.data import encode_prompts, place
+from rlft.training.step import COUNT
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +111,7 @@ def prompts_of(
     )
   per_epoch = size // count
   epoch, at = divmod(iteration, per_epoch)
-  order = np.random.default_rng([seed, Purpose.SHUFFLE, epoch]).permutation(size)
+  order = rng.numpy(seed, rng.Stream.PROMPTS, epoch).permutation(size)
   return [examples[i] for i in order[at * count : (at + 1) * count]]
 
 
@@ -393,7 +395,7 @@ def minibatches(
   if hosts.several():
     whole = hosts.place_own(batch, mesh)
     take = lambda part: hosts.paced(_take_rows(whole, part, mesh))
-  order = np.random.default_rng([seed, Purpose.SHUFFLE, iteration, epoch]).permutation(
+  order = rng.numpy(seed, rng.Stream.MINIBATCHES, iteration, epoch).permutation(
     len(trains_B)
   )
   for part in np.split(order, count):
@@ -465,13 +467,20 @@ def check_reward(reward: Reward, rollout: Rollout) -> None:
 
 
 def rollout_metrics(
-  rollout: Rollout, reward: Reward, mesh: Mesh | None = None
+  rollout: Rollout,
+  reward: Reward,
+  mesh: Mesh | None = None,
+  eos_ids: Sequence[int] = (),
 ) -> dict[str, float]:
   """What people look at in a rollout; every mean is over what it is a mean of, and NaN
   where that is nothing. Of several processes, over the rows of all.
+
+  A completion has ended by a token ("completion/eos", of `eos_ids`), by a stop string
+  ("completion/stopped"), or was cut ("completion/truncated").
   """
   own = {"value": reward.value, "judged": reward.judged, "each": dict(reward.each)}
   own |= {"lengths": rollout.lengths, "finished": rollout.finished}
+  own |= {"stopped": by_stop(rollout, eos_ids)}
   rows = hosts.together(own, mesh)
   values, lengths = rows["value"][rows["judged"]], rows["lengths"]
   out = {
@@ -502,6 +511,8 @@ def rollout_metrics(
     "completion/length_max": float(lengths.max()),
     "completion/truncated": float(1 - rows["finished"].mean()),
     "completion/ended": float(rows["finished"].mean()),
+    "completion/eos": float((rows["finished"] & ~rows["stopped"]).mean()),
+    "completion/stopped": float(rows["stopped"].mean()),
     "completion/unique": unique / len(lengths),
     "rollout/tokens_per_second": speed,
   }
@@ -510,6 +521,8 @@ def rollout_metrics(
 class Means:
   """Metrics of an iteration's updates: means, and the largest of what ends in "_max".
 
+  A mean over tokens or rows is one over those of all updates: each counts for as many
+  as it had.
   Reading a metric waits for its update, so they are kept as they are until `read`.
   Updates that were skipped, as their numbers are not finite, are counted ("skipped")
   and in no mean; where there is no other, the means are theirs.
@@ -523,7 +536,8 @@ class Means:
 
   def first(self) -> dict[str, float]:
     """Metrics of the first update; {} without one."""
-    return {name: float(x) for one in self._all[:1] for name, x in one.items()}
+    first = jax.device_get(self._all[:1])
+    return {name: float(x) for one in first for name, x in one.items()}
 
   def read(self) -> dict[str, float]:
     """One number for each metric."""
@@ -533,6 +547,12 @@ class Means:
     each = [one for one in each if not one.get("skipped")] or skipped
     names = dict.fromkeys(name for one in each for name in one if name != "skipped")
     for name in names:
-      values = [float(one[name]) for one in each if name in one]
-      out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+      if name.startswith(COUNT):
+        continue
+      of = [one for one in each if name in one]
+      values = np.array([one[name] for one in of], np.float64)
+      count = "loss_denominator" if name == "loss" else COUNT + name
+      counts = np.array([one.get(count, 1.0) for one in of], np.float64)
+      mean = (values * counts).sum() / max(counts.sum(), 1e-9)
+      out[name] = float(values.max() if name.endswith("_max") else mean)
     return out

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # {name: (sum, denominator)}; "loss" is the one that is differentiated. A name that ends
 # in "_max" is a maximum, (value, 1): parts of a batch are combined by their largest.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
+COUNT = "count/"
 
 
 @struct.dataclass
@@ -125,8 +126,8 @@ def make_step(
 
   Returns:
     The jitted step. Its state is donated. Metrics are float32 scalars on the device:
-    the quotients, "grad_norm", "update_norm", "learning_rate", "loss_denominator",
-    "skipped".
+    the quotients, what others than "loss" were divided by ("count/NAME"), "grad_norm",
+    "update_norm", "learning_rate", "loss_denominator", "skipped".
   """
   if micro_batches < 1:
     raise ConfigError(f"micro_batches={micro_batches}: at least 1")
@@ -183,6 +184,11 @@ def make_step(
     )
     rate = learning_rate(config, state.step, state.horizon)
     metrics = {name: _quotient(s, d) for name, (s, d) in sums.items()}
+    metrics |= {
+      COUNT + name: d
+      for name, (_, d) in sums.items()
+      if name != "loss" and not _is_max(name)
+    }
     metrics["loss_denominator"] = denominator
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = rate

@@ -27,6 +27,8 @@ TOY = {
 
 
 def settings(name="grpo", **changes):
+  # Short completions, most of them cut, are all there is to learn from.
+  changes = {"mask_truncated": False} | changes
   optimizer = OptimizerConfig(learning_rate=1e-2, schedule="linear", eps=1e-5, b2=0.99)
   return grpo.preset(name, **({"optimizer": optimizer} | TOY | changes))
 
@@ -77,7 +79,7 @@ def test_every_preset_takes_a_step_towards_more_reward(tiny, name):
   assert not set(LOGGED.split()) - set(first)
   assert set(LOGGED.split()) - set(last) == {"mismatch/max"}  # not scored again
   assert last["mismatch/token_mult_prob_error"] == pytest.approx(1, abs=1e-4)
-  assert ("kl/sequence" in last) == (name in ("grpo", "rloo"))
+  assert "kl/sequence" in first and "kl/sequence" in last
 
 
 def test_groups_without_signal_change_nothing(tiny):
@@ -168,6 +170,37 @@ def test_when_all_rows_are_cut_nothing_is_updated(tiny, caplog):
     assert stats["update/skipped"] == 2 * config.epochs
   assert change(tiny, result.policy) == 0
   assert "nothing is updated" in caplog.text
+
+
+def test_a_row_that_was_cut_teaches_nothing_by_default(tiny):
+  """Whatever its prefix is worth: not by itself, and in no baseline."""
+  assert grpo.GRPOConfig().mask_truncated
+
+  def lucky(worth):
+    def reward(rollout, examples):
+      value = np.where(rollout.finished, pay(rollout, examples).value, worth)
+      return Reward(value.astype(np.float32), np.ones(len(value), bool))
+
+    return reward
+
+  config = settings(mask_truncated=True)
+  one, other = (grpo.run(tiny, PROMPTS, lucky(x), config) for x in (0.0, 100.0))
+  assert 0 < one.iterations[0]["completion/truncated"] < 1
+  assert change(one.policy, tiny) > 0 and change(one.policy, other.policy) == 0
+  taught = grpo.run(tiny, PROMPTS, lucky(100.0), settings())
+  assert change(taught.policy, other.policy) > 0
+
+
+def test_the_kl_to_the_start_is_measured_without_a_term_of_it(tiny):
+  stats = grpo.run(
+    tiny, PROMPTS, pay, settings("dr_grpo", iterations=4, kl_every=2)
+  ).iterations
+  has = ["kl/sequence" in one for one in stats]
+  assert has == [True, False, True, True]
+  assert stats[0]["kl/sequence"] == pytest.approx(0, abs=1e-5)
+  assert stats[3]["kl/sequence"] > 1e-4
+  never = grpo.run(tiny, PROMPTS, pay, settings("dr_grpo", kl_every=0)).iterations
+  assert "kl/sequence" not in never[0]
 
 
 def test_rows_without_judgement_are_in_no_baseline(tiny):

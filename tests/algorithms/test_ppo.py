@@ -22,6 +22,8 @@ EOS, A, B = 0, 1, 2
 
 
 def settings(**changes):
+  # Short completions, most of them cut, are all there is to learn from.
+  changes = {"truncated": "score"} | changes
   rate = lambda x: OptimizerConfig(
     learning_rate=x, schedule="linear", eps=1e-5, b2=0.99
   )
@@ -314,7 +316,7 @@ def test_step_rewards_are_paid_where_they_fall(tiny):
 # ---------------------------------------------------- credit, with numbers by hand
 
 
-def by_hand(tiny, completions, finished, scores, after=0.0, **changes):
+def by_hand(tiny, completions, finished, scores, after=0.0, steps=None, **changes):
   """Batch and numbers of rows whose values are 0.5, and `after` behind the last token.
 
   A completion is a string: "a" was chosen, "t" is the output of a tool.
@@ -349,7 +351,7 @@ def by_hand(tiny, completions, finished, scores, after=0.0, **changes):
   )
   run = ppo._Run(tiny, config, None, None)
   judged = np.array([x is not None for x in scores])
-  reward = Reward(np.array([x or 0 for x in scores], np.float32), judged)
+  reward = Reward(np.array([x or 0 for x in scores], np.float32), judged, steps)
   rows = rollouts.region(rollout)
   rows = dataclasses.replace(rows, logp=logp, columns=wide)
   return run._batch(rollout, reward, rows, logp, logp, value)
@@ -403,6 +405,37 @@ def test_scores_are_scaled_and_keep_their_mean(tiny):
   # Equal scores have no deviation to divide by.
   batch, _ = by_hand(tiny, rows, ended, [0.5] * 4, scale_rewards=True)
   np.testing.assert_allclose(batch.advantage[:, 0], 0, atol=1e-6)
+
+
+def test_a_row_that_was_cut_is_not_paid_for_a_lucky_prefix(tiny):
+  """By default it is left out; bootstrapped, its value stands in place of its score."""
+  assert ppo.PPOConfig().truncated == "mask"
+  rows, cut = ["aaaa", "aaaa"], {"finished": [True, False], "scores": [0.0, 1.0]}
+  batch, said = by_hand(tiny, rows, truncated="mask", **cut)
+  assert batch.loss_mask.any(1).tolist() == [True, False]
+  assert said["reward/with_kl"] == 0
+  lucky, _ = by_hand(tiny, rows, truncated="bootstrap", **cut)
+  honest, _ = by_hand(tiny, rows, [True, False], [0.0, 0.0], truncated="bootstrap")
+  np.testing.assert_array_equal(lucky.advantage, honest.advantage)
+  taught, _ = by_hand(tiny, rows, truncated="score", **cut)
+  assert taught.advantage[1, 3] > 0
+
+
+def test_scaling_covers_the_rewards_of_steps(tiny):
+  """Sums of rows have deviation 1 and their mean; shares of steps are kept."""
+  steps = np.array([[1, 0], [0, 2], [3, 0], [9, 9]], np.float32)
+  how = {"completions": ["aa"] * 4, "finished": [True] * 4, "steps": steps}
+  scores = [0.5, 1.0, -1.0, None]
+  batch, _ = by_hand(tiny, scores=scores, scale_rewards=True, gae_lambda=1.0, **how)
+  paid = batch.advantage[:, 0] + 0.5  # of the whole row, as gamma is 1
+  due = np.array([1.5, 3.0, 2.0])
+  np.testing.assert_allclose(
+    paid[:3], (due - due.mean()) / due.std() + due.mean(), rtol=1e-5
+  )
+  later = batch.advantage[:, 1] + 0.5  # without what the first token was paid
+  np.testing.assert_allclose(
+    paid[[0, 2]] - later[[0, 2]], np.array([1, 3]) / due.std(), rtol=1e-5
+  )
 
 
 @pytest.mark.parametrize(

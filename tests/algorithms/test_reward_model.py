@@ -20,6 +20,7 @@ from rlft.probes.reward_models import accuracy, auc, pair_gaps
 from rlft.rewards.learned import row_values
 from rlft.tasks import arithmetic, preferences
 from rlft.tasks.preferences import Preference
+from rlft.training import outcomes as outcomes_module
 from rlft.training import rollouts
 from rlft.training.optimizer import OptimizerConfig
 from rlft.training.outcomes import Outcome, encode_outcomes, sample_outcomes
@@ -386,3 +387,34 @@ def arithmetic_mini():
   import rlft.assets
 
   return f"{rlft.assets.__path__[0]}/mini"
+
+
+def test_outcomes_after_a_stop_string_end_as_others_do(policy):
+  """And a few-shot prompt is shown to the sampler, not to the model."""
+  examples = arithmetic.generate("train", 3)
+  seen, right = [], outcomes_module.sample
+
+  def recorded(policy, examples, **how):
+    seen.append([e.prompt for e in examples])
+    return right(policy, examples, **how)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(outcomes_module, "sample", recorded)
+    rows = sample_outcomes(
+      policy, examples, arithmetic.judge, arithmetic.steps, 8,
+      max_new_tokens=12, stop=("1",), few_shot="7 ",
+    )  # fmt: skip
+  assert seen == [["7 " + e.prompt for e in examples]]
+  assert {row.prompt for row in rows} == {e.prompt for e in examples}
+  one = policy.tokenizer("1", add_special_tokens=False)["input_ids"][-1]
+  stopped = [row for row in rows if one in row.tokens]
+  assert stopped
+  for row in stopped:
+    assert row.tokens[-2:] == (one, policy.eos_ids[0])
+    (read,) = encode_outcomes(policy, [row], "final")
+    assert np.flatnonzero(read.weight).tolist() == [len(read.tokens) - 1]
+  with pytest.raises(ConfigError, match="choose one"):
+    sample_outcomes(
+      policy, examples, arithmetic.judge, arithmetic.steps, 1,
+      max_new_tokens=2, few_shot="7", chat=True,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,8 +15,10 @@ from rlft.cli.grpo import GRPORun
 from rlft.cli.main import main
 from rlft.cli.ppo import PPORun
 from rlft.cli.return_conditioned import RCRLRun
+from rlft.cli.rl import RewardChoice
 from rlft.cli.runs import MINI
 from rlft.core.errors import CheckpointError, ConfigError
+from rlft.rewards.contract import RewardConfig
 
 
 def settings(run, **changed):
@@ -130,3 +133,19 @@ def test_a_command_goes_on_by_its_weights_not_by_their_path(tmp_path, capsys):
   code, said = go("--config.grpo.iterations=2", "--allow_changed=grpo.temperature")
   assert code == 0 and "changed setting grpo.iterations: 1 -> 2" in said.out
   assert json.loads(record.read_text())["grpo"]["iterations"] == 2
+
+
+@pytest.mark.parametrize(
+  "run, name, taught",
+  [(PPORun, "ppo.truncated", "score"), (GRPORun, "grpo.mask_truncated", "False")],
+)
+def test_a_rule_for_what_was_cut_needs_rows_that_train(run, name, taught):
+  rule = RewardConfig(missing_eos="penalty", missing_eos_value=1.0)
+  reward = RewardChoice(config=rule)
+  with pytest.raises(ConfigError, match=f"set {name}={taught}"):
+    run(reward=reward)
+  method = name.split(".")[0]
+  made = getattr(run(), method)
+  value = {"score": "score", "False": False}[taught]
+  made = dataclasses.replace(made, **{name.split(".")[1]: value})
+  run(reward=reward, **{method: made})

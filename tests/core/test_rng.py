@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -119,3 +120,23 @@ def test_bad_seeds(seed):
   with pytest.raises(ConfigError, match="a seed is an integer") as error:
     rng.check_seed(seed)
   assert isinstance(error.value, RlftError)
+
+
+def test_no_two_streams_of_the_host_coincide():
+  """numpy takes [s, 3, e] and [s, 3, e, 0] for the same; purposes keep them apart."""
+  arity = {
+    rng.Stream.PROMPTS: 1, rng.Stream.MINIBATCHES: 2, rng.Stream.ROWS: 1,
+    rng.Stream.BATCHES: 1, rng.Stream.BALANCE: 0,
+  }  # fmt: skip
+  seen = {}
+  for purpose, count in arity.items():
+    for index in itertools.product(range(12), repeat=count):
+      drawn = tuple(rng.numpy(7, purpose, *index).integers(0, 2**62, 2).tolist())
+      assert drawn not in seen, (purpose, index, seen[drawn])
+      seen[drawn] = purpose, index
+
+
+def test_every_host_stream_of_a_run_has_a_purpose():
+  """Seeded from a list of its own, it could be another's."""
+  for path in pathlib.Path(rng.__file__).parents[1].rglob("*.py"):
+    assert path.name == "rng.py" or "default_rng([" not in path.read_text(), path

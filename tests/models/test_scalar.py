@@ -395,3 +395,8 @@ def test_a_reward_model_is_no_policy(tmp_path):
   path = classifier("gpt2", tmp_path / "rm")
   with pytest.raises(CheckpointError, match=r"reward model.*load_scalar.*reward.model"):
     hub.load(path)
+
+
+def test_an_outcome_model_starts_no_value_model(policy):
+  with pytest.raises(ConfigError, match="logits of being right"):
+    as_value(init_scalar(policy, kind="outcome"))

@@ -22,6 +22,7 @@ from rlft.rewards.contract import (
   RewardFunction,
   call_reward,
   compose,
+  settle,
 )
 
 EXAMPLES = [Example(7, "p7", "s7", "a7"), Example(9, "p9", "s9", "a9")]
@@ -512,3 +513,15 @@ def test_functions_that_make_no_sense():
     RewardFunction(gives(1), math.nan)
   with pytest.raises(ConfigError, match="'len' is not a reward function"):
     compose(["len"])
+
+
+def test_a_clip_covers_what_steps_are_paid():
+  """Of a row together, by one factor; also where a step alone is beyond it."""
+  total, judged = np.array([1.0, 6.0, -1.0, 8.0]), np.ones(4, bool)
+  step = np.array([[1, 2], [3, 3], [-9, 0], [-4, -3]], np.float32)
+  value, paid, _ = settle(total, step, judged, judged, RewardConfig(score_clip=5.0))
+  np.testing.assert_allclose(value + paid.sum(1), [4, 5, -5, 1], rtol=1e-6)
+  np.testing.assert_array_equal(paid[0], step[0])
+  np.testing.assert_allclose(paid[1] / value[1], step[1] / total[1], rtol=1e-6)
+  alone, none, _ = settle(total, None, judged, judged, RewardConfig(score_clip=5.0))
+  assert alone.tolist() == [1, 5, -1, 5] and none is None

@@ -229,3 +229,30 @@ def test_a_value_that_is_not_finite_is_an_error(reward_model):
   broken = dataclasses.replace(reward_model, params=params)
   with pytest.raises(RewardError, match=r"row 0 \(prompt 3\) is not finite"):
     learned.reward_model_reward(broken)(rollout(), EXAMPLES)
+
+
+def test_a_score_after_a_stop_string_is_read_at_an_end(policy, reward_model, orm):
+  """Where the model was trained to read it; what was cut is read where it was cut."""
+  ended, stopped = rollout(), rollout(eos=False)
+  assert not (stopped.tokens[stopped.completion_mask] == TOKENIZER.eos_token_id).any()
+  for give in (
+    learned.reward_model_reward(reward_model, policy),
+    learned.orm_reward(orm, policy=policy),
+    learned.orm_reward(orm, "step", arithmetic.steps, policy),
+  ):
+    due, found = give(ended, EXAMPLES), give(stopped, EXAMPLES)
+    np.testing.assert_allclose(found.value, due.value, atol=1e-5)
+    if due.step is not None:
+      assert found.step.shape == due.step.shape
+      paid = stopped.completion_mask[:, 4:]
+      assert not found.step[~paid].any()
+      last = paid.shape[1] - 1 - np.argmax(paid[:, ::-1], axis=1)
+      assert not found.step[np.arange(4), last].any()  # `value` pays there
+
+
+def test_a_vote_is_weighted_by_probabilities(orm, reward_model):
+  rows = [ids("1+1=2"), ids("4+5=9")]
+  for scalar, read in ((orm, sigmoid), (reward_model, lambda x: x)):
+    raw = [value[-1] for value in learned.row_values(scalar, rows)]
+    found = learned.score_rows(scalar)(rows)
+    np.testing.assert_allclose(found, [read(x) for x in raw], rtol=1e-5)

@@ -209,6 +209,13 @@ def test_one_update_that_was_skipped_hides_no_other():
   assert rollouts.Means().read() == {}
 
 
+def test_means_weigh_tokens_not_minibatches():
+  means = rollouts.Means()
+  for value, count in ((1.0, 30.0), (5.0, 10.0)):
+    means.add({"entropy": value, "count/entropy": count, "grad_norm": value})
+  assert means.read() == {"skipped": 0.0, "entropy": 2.0, "grad_norm": 3.0}
+
+
 # ---------------------------------------------------------------------- rewards
 
 
@@ -269,6 +276,13 @@ def test_metrics_are_of_what_they_say():
   }
   for name, value in due.items():
     assert found[name] == pytest.approx(value), name
+  one = rollout_of()
+  last = one.tokens[0][one.completion_mask[0]][-1]
+  ended = rollouts.rollout_metrics(one, reward, eos_ids=(int(last),))
+  shares = [ended[f"completion/{n}"] for n in ("eos", "stopped", "truncated")]
+  by_hand = [int(t[m][-1]) == last for t, m in zip(one.tokens, one.completion_mask)]
+  eos = float(np.mean(np.array(by_hand) & one.finished))
+  assert shares == pytest.approx([eos, 0.5 - eos, 0.5]) and eos > 0
   nothing = rollouts.rollout_metrics(rollout_of(), reward_of([0] * 4, [False] * 4))
   assert np.isnan(nothing["reward/mean"])  # None is never 0
   # Equal texts of other prompts are no repetition.
