@@ -13,9 +13,10 @@ sampled solutions, 3 minutes of one core:
   | before | .33 [.24, .42] | .33 [.25, .42] | .22 [.17, .26] | .70 [.60, .79] |
   | after  | .55 [.45, .65] | .53 [.44, .63] | .39 [.33, .45] | .82 [.74, .89] |
 
-Since then rows that the length limit cut are left out by default (`mask_truncated`). The
-same run came to .55 [.45, .64] greedy@1, .59 [.49, .68] maj@16, .40 [.34, .46] pass@1 and
-.81 [.73, .88] pass@16: no difference, for here hardly a row is cut (one of 7,680).
+Since then rows that the length limit cut are left out by default (`mask_truncated`).
+The same run came to .55 [.45, .64] greedy@1, .59 [.49, .68] maj@16, .40 [.34, .46]
+pass@1 and .81 [.73, .88] pass@16: no difference, for hardly a row is cut here (one of
+7,680).
 
 At a learning rate of 1e-3 the policy is lost in two iterations (KL above 7).
 """

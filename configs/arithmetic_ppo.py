@@ -14,7 +14,7 @@ sampled solutions, 7 minutes of one core:
   | after  | .69 [.60, .78] | .69 [.60, .77] | .49 [.43, .55] | .92 [.86, .97] |
 
 Measured while rows that the length limit cut were scored as any other
-(`ppo.truncated="score"`); by default they are left out now, which was not measured here.
+(`ppo.truncated="score"`); by default they are left out now, which is not measured.
 
 At half the learning rate greedy@1 came to .62 [.52, .71]; at three times it the policy
 left the reference (KL above 3) and gained slowly.
