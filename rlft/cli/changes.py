@@ -25,7 +25,7 @@ MAY_CHANGE = (
   rf"({_METHOD}|ei|rcrl)\.(micro_batches|remat|max_tokens|max_rows)|outcomes\.max_rows",
   # How long it is, and how fast it learns.
   r"(ppo|grpo)\.(iterations|eval_every)|ei\.(rounds|patience)",
-  r"(sft|rcrl\.train|dpo|train)\.(epochs|update_tokens)",
+  r"(sft|rcrl\.train|dpo|train)\.(epochs|update_tokens|batch_size)",
   r"(ppo|grpo|sft|ei\.train|rcrl\.train|dpo|train)\.(value_)?optimizer\."
   r"(learning_rate|schedule|warmup_steps|total_steps|end_factor|max_nonfinite"
   r"|clip_norm|weight_decay)",

@@ -48,6 +48,7 @@ def settings(run, **changed):
     (EIRun, "ei__rounds", 9),
     (EIRun, "ei__train__optimizer__learning_rate", 1.0),
     (RCRLRun, "rcrl__train__epochs", 9),
+    (RCRLRun, "rcrl__train__batch_size", 8),
   ],
 )
 def test_what_may_change(run, path, value):
