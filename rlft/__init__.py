@@ -3,9 +3,10 @@
     policy = rlft.load("path/or/hub-id")
     rollout = rlft.generate(policy, ["1 + 1 ="], samples=4, max_new_tokens=8)
     logp_BT = rlft.score(policy, rollout.tokens, rollout.mask)
+    result = rlft.algorithms.grpo.run(policy, prompts, reward, config)
 
-Names load on first use (PEP 562), so that `import rlft` imports no jax and starts no
-device; `rlft --help` stays quick.
+Names and subpackages load on first use (PEP 562), so that `import rlft` imports no jax
+and starts no device; `rlft --help` stays quick.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
   from rlft.models.hub import Policy, load, save
   from rlft.sampling.generate import generate
   from rlft.sampling.score import score
+  from rlft.training.progress import Progress
 
   __version__: str
 
 __all__ = [
   "Example",
   "Policy",
+  "Progress",
   "Rollout",
   "generate",
   "keep_compiled",
@@ -36,6 +39,7 @@ __all__ = [
 _HOME = {
   "Example": "rlft.core.types",
   "Policy": "rlft.models.hub",
+  "Progress": "rlft.training.progress",
   "Rollout": "rlft.core.types",
   "generate": "rlft.sampling.generate",
   "keep_compiled": "rlft.core.compiled",
@@ -43,11 +47,25 @@ _HOME = {
   "save": "rlft.models.hub",
   "score": "rlft.sampling.score",
 }
+_PACKAGES = (
+  "algorithms",
+  "core",
+  "models",
+  "objectives",
+  "probes",
+  "rewards",
+  "sampling",
+  "tasks",
+  "text",
+  "training",
+)
 
 
 def __getattr__(name: str) -> Any:
   if name == "__version__":
     value = _version()
+  elif name in _PACKAGES:
+    value = importlib.import_module(f"rlft.{name}")
   elif name in _HOME:
     value = getattr(importlib.import_module(_HOME[name]), name)
   else:
@@ -57,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  return sorted({*globals(), *__all__, "__version__"})
+  return sorted({*__all__, *_PACKAGES, "__version__"})
 
 
 def _version() -> str:

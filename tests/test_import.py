@@ -40,6 +40,25 @@ def test_public_names_are_what_they_say():
     _ = rlft.laod
 
 
+def test_subpackages_and_their_modules_load_when_asked_for():
+  code = (
+    "import sys, rlft; names = dir(rlft); assert 'jax' not in sys.modules;"
+    "[dir(getattr(rlft, n)) for n in names]; print(names, dir(rlft.algorithms));"
+    "assert rlft.algorithms.grpo.run and rlft.core.errors.DataError"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")} - {"assets", "cli"}
+  assert {*packages, *rlft.__all__, "__version__"} == set(dir(rlft))
+  assert "'grpo'" in done.stdout and "'annotations'" not in done.stdout
+  with pytest.raises(
+    AttributeError, match=r"'rlft\.algorithms' has no attribute 'grop'"
+  ):
+    _ = rlft.algorithms.grop
+
+
 def test_type_checkers_see_the_names_that_load_lazily():
   import ast
 

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,8 +31,9 @@ from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.objectives.estimates import best_of_n_value, bootstrap_interval
+from rlft.rewards.forms import ONCE, as_reward
+from rlft.tasks.prompts import Prompts, as_examples
 from rlft.training import rollouts
-from rlft.training.rollouts import RewardOf
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +131,10 @@ def sizes(n: int) -> list[int]:
   return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
 
 
-def best_of_n(
+def run(
   policy: Policy,
-  examples: Sequence[Example],
-  reward: RewardOf,
+  examples: Prompts,
+  reward: Any,
   config: BestOfNConfig,
   on_progress: Callable[[int, int], None] | None = None,
 ) -> BestOfNResult:
@@ -141,9 +142,10 @@ def best_of_n(
 
   Args:
     policy: what samples.
-    examples: the prompts; those without room for a completion are left out.
-    reward: of a rollout; rewards of steps are added to that of their row. A sample
-      that was not judged is never kept.
+    examples: the prompts, see `tasks.prompts`; those without room for a completion
+      are left out.
+    reward: in any form, see `rewards.forms`; rewards of steps are added to that of
+      their row. A sample that was not judged is never kept.
     config: see `BestOfNConfig`.
     on_progress: called with (prompts done, prompts to do) while sampling.
 
@@ -151,8 +153,10 @@ def best_of_n(
     ConfigError, DataError: before any device work.
     RewardError: of the reward.
   """
+  examples = as_examples(examples)
   if not examples:
     raise DataError("no prompts")
+  reward = as_reward(reward, examples, config=ONCE)
   if len({e.id for e in examples}) != len(examples):
     raise DataError("two prompts have the same id: their noise would be equal")
   if not policy.eos_ids:
@@ -195,6 +199,19 @@ def best_of_n(
   unjudged = int((kept_P < 0).sum())
   if unjudged:
     log.warning("%d of %d prompts have no sample that was judged", unjudged, shape[0])
+  elif config.n > 1 and (reward_PN == reward_PN[:, :1]).all():
+    log.warning(
+      "all %d samples of each prompt have the same reward: the first is kept, which is "
+      "no better than another. Look at what the reward gives; raise temperature=%g",
+      config.n,
+      config.temperature,
+    )
+  if not rollout.finished.any():
+    log.warning(
+      "every sample was cut at max_new_tokens=%d: raise it, or let completions end, by "
+      "stop or chat",
+      config.max_new_tokens,
+    )
   return BestOfNResult(
     examples=examples,
     texts=texts,
@@ -212,6 +229,9 @@ def best_of_n(
   )
 
 
+best_of_n = run  # another name
+
+
 def _best(reward_PN: np.ndarray) -> np.ndarray:
   """int32 [P]: the first sample of the highest reward; -1 where all are NaN."""
   judged_PN = ~np.isnan(reward_PN)
@@ -224,8 +244,8 @@ def _best(reward_PN: np.ndarray) -> np.ndarray:
 
 def distill(
   policy: Policy,
-  examples: Sequence[Example],
-  reward: RewardOf,
+  examples: Prompts,
+  reward: Any,
   config: BestOfNConfig,
   train: sft.SFTConfig,
   on_event: Callable[[str, dict[str, Any]], None] | None = None,
@@ -234,7 +254,7 @@ def distill(
 
   Args:
     policy: samples, and is where training starts; its parameters are not changed.
-    examples, reward, config: see `best_of_n`.
+    examples, reward, config: see `run`.
     train: how the kept rows train.
     on_event: called with ("sample" | "train", values) for progress.
 
@@ -253,7 +273,7 @@ def distill(
     )
   sft.check(policy, train)  # not after hours of sampling
   tell = on_event or (lambda kind, values: None)
-  best = best_of_n(
+  best = run(
     policy,
     examples,
     reward,

@@ -40,7 +40,7 @@ from rlft.models.scalar import check_same_tokenizer
 from rlft.objectives import preference
 from rlft.objectives.estimates import bootstrap_interval
 from rlft.sampling.score import token_logp
-from rlft.tasks.preferences import Preference
+from rlft.tasks.preferences import Rows, as_preferences
 from rlft.training.data import completion_end, encode_prompts, grouped, place
 from rlft.training.divergence import Guard
 from rlft.training.epochs import Order, fit
@@ -53,6 +53,7 @@ from rlft.training.pairs import (
   collate_pairs,
   encode_pairs,
 )
+from rlft.training.progress import OnStep, step_listener
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, make_step
 from rlft.training.trainee import Trainee
@@ -315,13 +316,13 @@ def pair_logp(
 # ----------------------------------------------------------------------- the run
 
 
-def train(
+def run(
   policy: Policy,
-  preferences: Sequence[Preference],
+  preferences: Rows,
   config: DPOConfig,
   reference: Policy | None = None,
-  dev: Mapping[str, Sequence[Preference]] | None = None,
-  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  dev: Mapping[str, Rows] | None = None,
+  on_step: OnStep = None,
   on_progress: Callable[[int, int], None] | None = None,
   saving: Saving | None = None,
   timers: PhaseTimers | None = None,
@@ -330,7 +331,8 @@ def train(
 
   Args:
     policy: where to start; its parameters are not changed.
-    preferences: the pairs; margins are not used.
+    preferences: the pairs, see `tasks.preferences.as_preferences`; margins are not
+      used.
     config: see `DPOConfig`.
     reference: of the same tokenizer; the policy at the start when None (with adapters:
       their base).
@@ -350,6 +352,7 @@ def train(
   """
   began = time.perf_counter()
   check(policy, config, reference)
+  preferences, on_step = as_preferences(preferences), step_listener(on_step)
   limits = [p.config.max_positions for p in (policy, reference or policy)]
   end = completion_end(policy.tokenizer, policy.eos_ids, config.chat)
   encode = functools.partial(
@@ -360,7 +363,7 @@ def train(
     chat=config.chat,
   )
   pairs = encode(preferences)
-  dev = dev or {}
+  dev = {name: as_preferences(rows) for name, rows in (dev or {}).items()}
   held = {name: encode(rows) for name, rows in dev.items()}
   asked = [pair for rows in held.values() for pair in rows]
   for model in (policy, reference or policy):
@@ -390,7 +393,7 @@ def train(
     out, at = {}, 0
     for name, rows in held.items():
       own = slice(at, at + len(rows))
-      prompts = [dev[name][pair.source].prompt for pair in rows]
+      prompts = [str(dev[name][pair.source].prompt) for pair in rows]
       out[name] = _held_out(prompts, config.beta, asked_ref_N2[own], logp_N2[own])
       at += len(rows)
     return out
@@ -421,8 +424,7 @@ def train(
   def report(update: int, of: int, metrics: dict[str, float]) -> None:
     if update == 1 and reference is None and not metrics["skipped"]:
       check_first_update(metrics["loss"], config)
-    if on_step is not None:
-      on_step(update, of, metrics)
+    on_step(update, of, metrics)
 
   fitted = fit(
     lambda state, batch: step(state, batch, trainee.base),
@@ -453,6 +455,9 @@ def train(
     seconds=fitted.earlier + time.perf_counter() - began,
     reference_seconds=reference_seconds,
   )
+
+
+train = run  # another name
 
 
 def check(policy: Policy, config: DPOConfig, reference: Policy | None = None) -> None:

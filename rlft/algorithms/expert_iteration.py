@@ -34,19 +34,20 @@ from rlft.algorithms import sft
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
-from rlft.core.types import Example, Rollout, Verdict
+from rlft.core.types import Rollout, Verdict
 from rlft.models.hub import Policy
-from rlft.rewards.contract import call_reward
+from rlft.rewards.forms import judge_and_reward, verdicts_by
 from rlft.rewards.verifiable import (
-  Judge,
   judge_all,
   verdict_reward,
   verdicts_of_all,
 )
 from rlft.sampling.generate import generate
+from rlft.tasks.prompts import Prompts, as_examples, opened
 from rlft.training import rollouts
 from rlft.training.data import encode_prompts
 from rlft.training.metrics import PhaseTimers
+from rlft.training.progress import OnEvent, listener
 from rlft.training.saving import Saving
 
 log = logging.getLogger(__name__)
@@ -248,15 +249,15 @@ def lucky_share(solutions: Sequence[Solution]) -> float:
 
 def run(
   policy: Policy,
-  examples: Sequence[Example],
-  judge: Judge,
-  config: EIConfig,
+  examples: Prompts,
+  judge: Any = None,
+  config: EIConfig | None = None,
   *,
   base: Policy | None = None,
   sft_rows: Sequence[tuple[str, str]] = (),
-  reward: Callable[..., Sequence[float | None]] | None = None,
+  reward: Any = None,
   dev_score: Callable[[Policy], float] | None = None,
-  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  on_event: OnEvent = None,
   saving: Saving | None = None,
   timers: PhaseTimers | None = None,
 ) -> EIResult:
@@ -264,17 +265,20 @@ def run(
 
   Args:
     policy: pi_0, which samples the first round (an SFT checkpoint, or the base itself).
-    examples: the training prompts; their reference solutions are not looked at.
-    judge: the task's; gives answers, chains and consistency.
+    examples: the training prompts, see `tasks.prompts`; their reference solutions are
+      not looked at.
+    judge: the task's; gives answers, chains and consistency. Or a reward in any form
+      (see `rewards.forms`): then "correct" is what reaches the threshold, and there are
+      no chains.
     config: see `EIConfig`.
     base: the pretrained checkpoint that `start="base"` trains; `policy` when None (a
       run without SFT).
     sft_rows: (prompt, completion) texts, mixed in when `config.mix_sft`.
-    reward: a reward function (see `rewards.contract`); by default 1 for what
-      `config.accept` accepts, else 0.
+    reward: in any form, beside a judge; by default 1 for what `config.accept` accepts,
+      else 0.
     dev_score: of a policy, larger is better; chooses the round that is returned.
     on_event: called with ("sample" | "train" | "round", values) for progress, and with
-      ("resume", values) where a run goes on.
+      ("resume", values) where a run goes on; see `training.progress` for None.
     saving: saves the run after the sampling of round i (step 2 i - 1) and after its
       training (step 2 i), whatever its `every`; and goes on with what it has saved.
     timers: get the phases "rollout", "reward", "update", "evaluation", "checkpoint".
@@ -289,8 +293,10 @@ def run(
     StoppedError: `saving` was asked to stop: when what is under way is sampled, or at
       the next update, of a training that will be made again.
   """
+  config, examples = config or EIConfig(), as_examples(examples)
   if not examples:
     raise DataError("no training prompts")
+  judge, reward = judge_and_reward(judge, reward, examples)
   if len({e.id for e in examples}) != len(examples):
     raise DataError("two training prompts have the same id: their noise would be equal")
   base = base or policy
@@ -301,9 +307,10 @@ def run(
   if base.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
     raise ConfigError("base has another vocabulary than the policy that samples for it")
   began, timers = time.perf_counter(), timers or PhaseTimers()
-  tell = on_event or (lambda kind, values: None)
+  tell = listener(on_event, config.rounds)
   rows = list(sft_rows) if config.mix_sft else []
   trained = base if config.start == "base" else policy  # what every round's result is
+  opened(examples, config.few_shot)
   prompt_of = {e.id: e.prompt for e in examples}
   progress, current, best = _Progress(), policy, policy
 
@@ -352,11 +359,14 @@ def run(
       with timers.phase("rollout"):
         rollout = _sample(current, own, config, index, tell)
       with timers.phase("reward"):
-        verdicts = judge_all(judge, rollout.completions, own)
+        if reward is not None:
+          rewards = rollouts.values(reward(rollout, own), rollout)
+        if judge is None:
+          verdicts = verdicts_by(rewards, config.threshold)
+        else:
+          verdicts = judge_all(judge, rollout.completions, own)
         if reward is None:
           rewards = [verdict_reward(v, config.accept) for v in verdicts]
-        else:
-          rewards = call_reward(reward, rollout, own)
       rows_own = real * config.samples_per_prompt  # what is behind them is not ours
       accepted = collect(
         rollout, verdicts[:rows_own], rewards, config.threshold, index, current.eos_ids
@@ -503,9 +513,7 @@ def _train(
 
 
 def _sample(policy, examples, config: EIConfig, index: int, tell) -> Rollout:
-  prompts = [e.prompt for e in examples]
-  if config.few_shot and index == 1:
-    prompts = [config.few_shot + p for p in prompts]
+  prompts = opened(examples, config.few_shot if index == 1 else "")
   chat = config.train.chat
   return generate(
     policy,

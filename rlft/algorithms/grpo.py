@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -35,14 +35,16 @@ import numpy as np
 
 from rlft.core import hosts, rng
 from rlft.core.errors import ConfigError
-from rlft.core.types import Example, Reward, Rollout
+from rlft.core.types import Reward, Rollout
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
 from rlft.models.lora import LoRAConfig
 from rlft.objectives import kl
 from rlft.objectives import policy as policies
 from rlft.objectives.advantages import group_advantage
+from rlft.rewards.forms import as_reward
 from rlft.sampling.score import completion_logp
+from rlft.tasks.prompts import Prompts, as_examples
 from rlft.training import rollouts
 from rlft.training.iterations import (
   RLResult,
@@ -52,6 +54,7 @@ from rlft.training.iterations import (
 )
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
+from rlft.training.progress import OnEvent, listener
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, go_on_from, make_step
@@ -316,26 +319,27 @@ def make_train_step(
 
 def run(
   policy: Policy,
-  examples: Sequence[Example],
-  reward: RewardOf,
+  examples: Prompts,
+  reward: Any,
   config: GRPOConfig,
   *,
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
-  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  on_event: OnEvent = None,
   saving: Saving | None = None,
 ) -> RLResult:
   """Runs GRPO.
 
   Args:
     policy: where to start; its parameters are not changed.
-    examples: the training prompts.
-    reward: of a rollout; rewards of steps are added to that of their row.
+    examples: the training prompts, see `tasks.prompts`.
+    reward: in any form, see `rewards.forms`; rewards of steps are added to that of
+      their row.
     config: see `GRPOConfig`.
     reference: what the KL is measured to; the policy at the start when None.
     dev_score: of a policy, larger is better; chooses what is returned.
-    on_event: called with ("sample" | "train" | "iteration" | "resume", values) for
-      progress.
+    on_event: called with ("sample" | "train" | "iteration" | "resume", values); see
+      `training.progress` for None and False.
     saving: saves the run, and goes on with what it has saved.
 
   Raises:
@@ -345,9 +349,10 @@ def run(
       losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
-  examples = check_run(policy, examples, config, reference)
+  examples = check_run(policy, as_examples(examples), config, reference)
+  reward = as_reward(reward, examples)
   _static_loss(config)
-  tell = on_event or (lambda kind, values: None)
+  tell = listener(on_event, config.iterations)
   run_ = _Run(policy, examples, config, reference)
   one = lambda index: run_.iterate(index, reward, tell)
   return loop(one, run_, policy, config, dev_score, tell, saving)

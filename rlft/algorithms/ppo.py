@@ -40,7 +40,9 @@ from rlft.objectives import advantages as adv
 from rlft.objectives import kl
 from rlft.objectives import policy as policies
 from rlft.objectives import value as values
+from rlft.rewards.forms import as_reward
 from rlft.sampling.score import completion_hidden, hidden_logp
+from rlft.tasks.prompts import Prompts, as_examples
 from rlft.training import rollouts
 from rlft.training.divergence import Guard
 from rlft.training.iterations import (
@@ -51,6 +53,7 @@ from rlft.training.iterations import (
 )
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig
+from rlft.training.progress import OnEvent, listener
 from rlft.training.rollouts import Means, Region, RewardOf, RLBatch
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, go_on_from, init_state, make_step
@@ -404,29 +407,29 @@ def estimate_advantages(
 
 def run(
   policy: Policy,
-  examples: Sequence[Example],
-  reward: RewardOf,
+  examples: Prompts,
+  reward: Any,
   config: PPOConfig,
   *,
   value: ScalarModel | None = None,
   reference: Policy | None = None,
   dev_score: Callable[[Policy], float] | None = None,
-  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  on_event: OnEvent = None,
   saving: Saving | None = None,
 ) -> RLResult:
   """Runs PPO.
 
   Args:
     policy: where to start; its parameters are not changed.
-    examples: the training prompts.
-    reward: of a rollout (see `rewards.contract` and `rewards.learned`).
+    examples: the training prompts, see `tasks.prompts`.
+    reward: in any form, see `rewards.forms`; or a learned one, see `rewards.learned`.
     config: see `PPOConfig`.
     value: a separate value model to start from, such as `scalar.as_value` of the reward
       model; a zero head on a copy of the policy when None.
     reference: what the KL is measured to; the policy at the start when None.
     dev_score: of a policy, larger is better; chooses what is returned.
-    on_event: called with ("sample" | "train" | "iteration" | "resume", values) for
-      progress.
+    on_event: called with ("sample" | "train" | "iteration" | "resume", values); see
+      `training.progress` for None and False.
     saving: saves the run, and goes on with what it has saved.
 
   Returns:
@@ -439,9 +442,10 @@ def run(
       losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
-  examples = check_run(policy, examples, config, reference)
+  examples = check_run(policy, as_examples(examples), config, reference)
+  reward = as_reward(reward, examples)
   _check(policy, config, value)
-  tell = on_event or (lambda kind, values: None)
+  tell = listener(on_event, config.iterations)
   run_ = _Run(policy, config, value, reference)
 
   def one(index: int) -> dict[str, float]:

@@ -33,13 +33,16 @@ from rlft.algorithms import sft
 from rlft.core import rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
-from rlft.core.types import Example, Reward, Rollout
+from rlft.core.types import Rollout
 from rlft.models.hub import Policy
 from rlft.models.tokens import add_tokens
-from rlft.rewards.verifiable import Judge, judge_all, verdict_reward
+from rlft.rewards.forms import judge_and_reward, verdicts_by
+from rlft.rewards.verifiable import judge_all, verdict_reward
 from rlft.sampling.conditioned import BAD, GOOD, generate_conditioned, label_id
 from rlft.sampling.generate import generate
 from rlft.sampling.stops import compile_stops, decode_completion
+from rlft.tasks.prompts import Prompts, as_examples, opened
+from rlft.training import rollouts
 from rlft.training.data import (
   TokenRow,
   completion_end,
@@ -47,6 +50,7 @@ from rlft.training.data import (
   encode_rows,
 )
 from rlft.training.optimizer import matches
+from rlft.training.progress import OnEvent, listener
 from rlft.training.rollouts import usable
 from rlft.training.saving import Saving
 
@@ -247,15 +251,15 @@ def balance(
 
 def run(
   policy: Policy,
-  examples: Sequence[Example],
-  judge: Judge,
-  config: RCRLConfig,
+  examples: Prompts,
+  judge: Any = None,
+  config: RCRLConfig | None = None,
   *,
   base: Policy | None = None,
   sft_rows: Sequence[tuple[str, str]] = (),
-  reward: Callable[[Rollout, Sequence[Example]], Reward] | None = None,
+  reward: Any = None,
   orm: ORM | None = None,
-  on_event: Callable[[str, dict[str, Any]], None] | None = None,
+  on_event: OnEvent = None,
   saving: Saving | None = None,
   labels: Saving | None = None,
 ) -> RCRLResult:
@@ -263,12 +267,13 @@ def run(
 
   Args:
     policy: samples the data, without labels (the paper: the best policy of EI).
-    examples: the training prompts.
-    judge: the task's.
+    examples: the training prompts, see `tasks.prompts`.
+    judge: the task's; or a reward in any form (see `rewards.forms`): then "correct" is
+      what reaches the threshold.
     config: see `RCRLConfig`.
     base: the checkpoint that is trained, of the same vocabulary; `policy` when None.
     sft_rows: (prompt, solution) texts, GOOD ones; see `config.mix_sft`.
-    reward: what an outcome is worth (see `rewards.contract`); by default 1 for what
+    reward: what an outcome is worth, in any form, beside a judge; by default 1 for what
       `config.accept` accepts, else 0. What it cannot judge is left out, and counted.
     orm: of `value="orm"`.
     on_event: called with ("sample" | "continue" | "train" | "round", values) for
@@ -285,8 +290,10 @@ def run(
     RewardError: the reward or the judge raised, or gave what is no number.
     StoppedError: the run was asked to stop, and what it has done is saved.
   """
+  config, examples = config or RCRLConfig(), as_examples(examples)
   if not examples:
     raise DataError("no training prompts")
+  judge, reward = judge_and_reward(judge, reward, examples)
   if len({e.id for e in examples}) != len(examples):
     raise DataError("two training prompts have the same id: their noise would be equal")
   if (config.value == "orm") != (orm is not None):
@@ -297,12 +304,12 @@ def run(
   if base.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
     raise ConfigError("base has another vocabulary than the policy that samples for it")
   began = time.perf_counter()
-  tell = on_event or (lambda kind, values: None)
+  tell = listener(on_event, 1)
   examples = usable(
     policy, examples, config.max_new_tokens, config.train.chat, config.few_shot
   )
   prompts = encode_prompts(
-    policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.train.chat
+    policy.tokenizer, opened(examples, config.few_shot), config.train.chat
   )
 
   def sample(kind, prompts, ids, samples, max_new_tokens, step):
@@ -325,8 +332,8 @@ def run(
     if reward is None:
       verdicts = verdicts or judge_all(judge, rollout.completions, examples)
       return [verdict_reward(v, config.accept) for v in verdicts]
-    given = reward(rollout, examples)
-    return np.where(given.judged, given.value, np.nan).tolist()
+    given = rollouts.values(reward(rollout, examples), rollout)
+    return [math.nan if x is None else x for x in given]
 
   split = functools.partial(_split, base, config)
 
@@ -334,9 +341,14 @@ def run(
     ids = [e.id for e in examples]
     count = config.samples_per_prompt
     rollout = sample("sample", prompts, ids, count, config.max_new_tokens, 1)
-    verdicts = judge_all(judge, rollout.completions, examples)
+    if judge is None:
+      outcome = outcomes(rollout, examples)
+      known = [None if math.isnan(x) else x for x in outcome]
+      verdicts = verdicts_by(known, config.threshold)
+    else:
+      verdicts = judge_all(judge, rollout.completions, examples)
+      outcome = outcomes(rollout, examples, verdicts)
     stats = _sample_stats(rollout, verdicts)
-    outcome = outcomes(rollout, examples, verdicts)
     kept = [
       i
       for i, text in enumerate(rollout.completions)

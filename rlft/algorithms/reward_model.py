@@ -34,7 +34,7 @@ from rlft.models.tokens import check_ids
 from rlft.objectives.preference import bradley_terry
 from rlft.objectives.supervised import binary_cross_entropy
 from rlft.rewards.learned import row_values
-from rlft.tasks.preferences import Preference
+from rlft.tasks.preferences import Rows, as_preferences
 from rlft.training.data import completion_end, encode_prompts, encode_rows
 from rlft.training.divergence import Guard
 from rlft.training.epochs import Fitted, Order, fit
@@ -48,6 +48,7 @@ from rlft.training.outcomes import (
   outcome_batches,
 )
 from rlft.training.pairs import PairBatch, check_pair_ids, encode_pairs, pair_batches
+from rlft.training.progress import OnStep, step_listener
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 
@@ -161,16 +162,31 @@ def make_train_step(
   )
 
 
+def run(
+  policy: Policy | ScalarModel, rows: Any, config: RewardModelConfig, **how: Any
+) -> RewardModelResult:
+  """Trains on `Outcome`s (see `train_outcome`), or else on preferences (`train_pairs`).
+
+  Args:
+    policy: where the trunk starts.
+    rows: what to train on, and so which kind of model.
+    config: see `RewardModelConfig`.
+    how: what that function takes besides.
+  """
+  labelled = isinstance(rows, Sequence) and isinstance(next(iter(rows), None), Outcome)
+  return (train_outcome if labelled else train_pairs)(policy, rows, config, **how)
+
+
 # ----------------------------------------------------------------------------- pairs
 
 
 def train_pairs(
   policy: Policy | ScalarModel,
-  preferences: Sequence[Preference],
+  preferences: Rows,
   config: RewardModelConfig,
   *,
   references: Sequence[tuple[str, str]] = (),
-  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  on_step: OnStep = None,
   saving: Saving | None = None,
   timers: PhaseTimers | None = None,
 ) -> RewardModelResult:
@@ -178,7 +194,7 @@ def train_pairs(
 
   Args:
     policy: where its trunk starts, or a reward model to train on; not changed.
-    preferences: the pairs.
+    preferences: the pairs, see `tasks.preferences.as_preferences`.
     config: see `RewardModelConfig`.
     references: (prompt, completion) texts on which values get mean 0 and std 1; by
       default the chosen sides.
@@ -192,6 +208,7 @@ def train_pairs(
   """
   began = time.perf_counter()
   check(policy, config)
+  preferences = as_preferences(preferences)
   end = completion_end(policy.tokenizer, policy.eos_ids, config.chat)
   limit = min(config.max_length, policy.config.max_positions)
   pairs = encode_pairs(
@@ -244,7 +261,7 @@ def train_outcome(
   outcomes: Sequence[Outcome],
   config: RewardModelConfig,
   *,
-  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  on_step: OnStep = None,
   saving: Saving | None = None,
   timers: PhaseTimers | None = None,
 ) -> RewardModelResult:
@@ -351,7 +368,7 @@ def _fit(
   epoch_of: Callable[[int, frozenset[int]], Iterator[Any]],
   order: Order,
   config: RewardModelConfig,
-  on_step: Callable[[int, int, dict[str, float]], None] | None,
+  on_step: OnStep,
   saving: Saving | None,
   timers: PhaseTimers | None,
 ) -> tuple[ScalarModel, Fitted]:
@@ -365,7 +382,7 @@ def _fit(
     config.epochs,
     Guard(config.optimizer, start.tokenizer),
     curves=("loss", "accuracy"),
-    on_step=on_step,
+    on_step=step_listener(on_step),
     saving=saving,
     timers=timers,
   )

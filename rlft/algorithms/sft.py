@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,6 +23,7 @@ from rlft.models.hub import Policy
 from rlft.models.tokens import check_ids
 from rlft.objectives.supervised import cross_entropy
 from rlft.sampling.score import token_logp
+from rlft.tasks.prompts import Prompts, as_rows
 from rlft.training.data import (
   TokenRow,
   TrainBatch,
@@ -36,6 +36,7 @@ from rlft.training.divergence import Guard
 from rlft.training.epochs import Order, fit
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import OptimizerConfig, check_patterns
+from rlft.training.progress import OnStep, step_listener
 from rlft.training.saving import Saving
 from rlft.training.step import Sums, init_state, make_step
 
@@ -154,11 +155,11 @@ def check(policy: Policy, config: SFTConfig) -> None:
   check_patterns(config.optimizer, policy.params)
 
 
-def train(
+def run(
   policy: Policy,
-  rows: Sequence[tuple[str, str | Sequence[int]]] | Sequence[TokenRow],
+  rows: Prompts,
   config: SFTConfig,
-  on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+  on_step: OnStep = None,
   saving: Saving | None = None,
   timers: PhaseTimers | None = None,
 ) -> SFTResult:
@@ -166,7 +167,8 @@ def train(
 
   Args:
     policy: where to start; its parameters are not changed.
-    rows: texts; a completion may also be the token ids that were sampled. Or rows that
+    rows: pairs, examples, dicts, a data set or a file, see `tasks.prompts.as_rows`; of
+      a pair the completion may also be the token ids that were sampled. Or rows that
       are encoded and have their weights, whatever `loss_on` says.
     config: see `SFTConfig`.
     on_step: called with (update, updates planned, metrics) after every update; the
@@ -182,6 +184,7 @@ def train(
   """
   began = time.perf_counter()
   check(policy, config)
+  rows, on_step = as_rows(rows), step_listener(on_step)
   model = policy.model.clone(
     dtype=jax.numpy.dtype(config.compute_dtype), remat=config.remat
   )
@@ -224,6 +227,9 @@ def train(
     update_tokens=fitted.tokens,
     seconds=fitted.earlier + time.perf_counter() - began,
   )
+
+
+train = run  # another name
 
 
 def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRow]:

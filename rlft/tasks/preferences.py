@@ -15,7 +15,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,35 @@ def load(
     )
   if not found:
     raise DataError(f"{path}: no row prefers anything ({rows} rows, {ties} ties)")
+  return found
+
+
+Rows = str | os.PathLike[str] | Iterable[Any]
+
+
+def as_preferences(rows: Rows) -> list[Preference]:
+  """A set of preferences in any form; ties are left out.
+
+  Args:
+    rows: `Preference`s; dicts or a `datasets.Dataset` in one of the formats above; or
+      the path of a file, see `load`.
+
+  Raises:
+    DataError: of a row that is none; names row and column.
+  """
+  if isinstance(rows, str | os.PathLike):
+    return load(rows)
+  found = []
+  for i, row in enumerate(rows):
+    if not isinstance(row, Preference):
+      try:
+        sides = _sides(row, _format(row))
+      except DataError as error:
+        raise DataError(f"preference {i}: {error}") from None
+      if sides is None:
+        continue
+      row = Preference(i, *sides)
+    found.append(row)
   return found
 
 

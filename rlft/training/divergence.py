@@ -17,7 +17,7 @@ import numpy as np
 
 from rlft.core import hosts
 from rlft.core.errors import DivergenceError
-from rlft.training.optimizer import OptimizerConfig
+from rlft.training.optimizer import Optimizer, settings
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ class Guard:
     error: why the run must end; None while it need not.
   """
 
-  def __init__(self, config: OptimizerConfig, tokenizer: Any = None, of: str = ""):
+  def __init__(self, optimizer: Optimizer, tokenizer: Any = None, of: str = ""):
     """Args: `max_nonfinite` is of the optimiser; the tokenizer makes a batch readable;
     `of` names the model in messages."""
-    self._limit, self._tokenizer = config.max_nonfinite, tokenizer
+    self._limit, self._tokenizer = settings(optimizer).max_nonfinite, tokenizer
     self._of = f" of the {of}" if of else ""
     self._waiting: tuple[str, Mapping[str, Any], Any] | None = None
     self._in_a_row = self.skipped = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -24,13 +25,15 @@ from rlft.core.errors import ConfigError, DataError, StoppedError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
-from rlft.training import facts, rollouts
+from rlft.training import advice, facts, rollouts
 from rlft.training.divergence import Guard
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import check_patterns
 from rlft.training.rollouts import Region
 from rlft.training.saving import Saving
 from rlft.training.trainee import Trainee
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -183,6 +186,8 @@ def loop(
       stats[name] = stats.get(name, 0.0) + seconds
     progress.iterations.append(stats)
     tell("iteration", stats)
+    for text in advice.early(progress.iterations, config):
+      log.warning("%s", text)
     for guard in state.guards:
       guard.check()  # its numbers are on record, and nothing of it is saved
     progress.seconds = before + time.perf_counter() - began

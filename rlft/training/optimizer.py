@@ -1,4 +1,4 @@
-"""The optimiser of a run, from its configuration."""
+"""The optimiser of a run: from its configuration, or an optax transformation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from rlft.core.errors import ConfigError
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with a schedule, clipping, and masks by regular expression.
+
+  Where the settings of a method take one they take any optax transformation as well,
+  such as `optax.adamw(1e-5)`. Give the same object to runs that are to share their
+  compiled steps.
 
   Attributes:
     learning_rate: the peak.
@@ -86,6 +90,30 @@ class OptimizerConfig:
         ) from error
 
 
+# A transformation of one's own (anything with optax's `init` and `update`) brings its
+# rate, schedule, clipping and masks itself.
+Optimizer = OptimizerConfig | optax.GradientTransformation
+_OWN = OptimizerConfig()
+
+
+def settings(optimizer: Optimizer) -> OptimizerConfig:
+  """What guards and masks read; of an optax transformation the defaults: nothing is
+  frozen.
+
+  Raises:
+    ConfigError: it is neither.
+  """
+  if isinstance(optimizer, OptimizerConfig):
+    return optimizer
+  parts = (getattr(optimizer, name, None) for name in ("init", "update"))
+  if isinstance(optimizer, type) or not all(map(callable, parts)):
+    raise ConfigError(
+      f"optimizer={optimizer!r:.100}: give an OptimizerConfig, or an optax "
+      "transformation such as optax.adamw(1e-5)"
+    )
+  return _OWN
+
+
 def learning_rate(
   config: OptimizerConfig, step: jax.Array, horizon: jax.Array
 ) -> jax.Array:
@@ -122,8 +150,17 @@ def matches(params: dict, patterns: tuple[str, ...]) -> dict:
   return jax.tree_util.tree_map_with_path(match, params)
 
 
-def check_patterns(config: OptimizerConfig, params: dict) -> None:
+def rate_shown(state: Any) -> dict[str, jax.Array]:
+  """The learning rate that an optax state shows (`optax.inject_hyperparams` puts it
+  there), by its name in the logs; {} where it shows none, or several."""
+  found = [x for _, x in optax.tree.get_all_with_path(state, "learning_rate")]
+  found = [x for x in found if isinstance(x, jax.Array) and x.ndim == 0]
+  return {"learning_rate": jnp.float32(found[0])} if len(found) == 1 else {}
+
+
+def check_patterns(optimizer: Optimizer, params: dict) -> None:
   """Raises `ConfigError` when `freeze` matches nothing or leaves nothing to train."""
+  config = settings(optimizer)
   for pattern in config.freeze:
     if not any(jax.tree.leaves(matches(params, (pattern,)))):
       raise ConfigError(f"freeze pattern {pattern!r} matches no parameter")
@@ -131,12 +168,21 @@ def check_patterns(config: OptimizerConfig, params: dict) -> None:
     raise ConfigError(f"freeze={config.freeze} leaves no parameter to train")
 
 
-@functools.lru_cache(maxsize=64)
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-  """The direction of a step: clipped, Adam-preconditioned, with weight decay.
+def make_optimizer(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
+  """As optax takes it: of an `OptimizerConfig` the direction of a step, which the train
+  step multiplies by `-learning_rate(...)`; of a transformation the step itself.
+  """
+  settings(optimizer)
+  if isinstance(optimizer, OptimizerConfig):
+    optimizer = _direction(optimizer)
+  return optax.with_extra_args_support(optimizer)
 
-  The train step multiplies it by `-learning_rate(...)`. The global norm that is clipped
-  is that of the parameters that move.
+
+@functools.lru_cache(maxsize=64)
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clipped, Adam-preconditioned, with weight decay.
+
+  The global norm that is clipped is that of the parameters that move.
   """
   decays = lambda params: jax.tree.map(
     lambda skip: not skip, matches(params, config.no_decay)

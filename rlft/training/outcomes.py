@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose
-from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel
 from rlft.models.tokens import check_ids
 from rlft.rewards.verifiable import Judge, Steps, judge_all, step_ends
 from rlft.sampling.stops import by_stop
+from rlft.tasks.prompts import Prompts, as_examples, opened
 from rlft.training.data import (
   TokenRow,
   collate,
@@ -69,7 +69,7 @@ class OutcomeBatch:
 
 def sample_outcomes(
   policy: Policy,
-  examples: Sequence[Example],
+  examples: Prompts,
   judge: Judge,
   steps: Steps,
   samples: int,
@@ -103,11 +103,11 @@ def sample_outcomes(
   """
   if few_shot and chat:
     raise ConfigError("few_shot is for base models, chat for chat models: choose one")
-  plain, shown = {e.id: e for e in examples}, examples
-  if few_shot:
-    shown = [dataclasses.replace(e, prompt=few_shot + e.prompt) for e in examples]
-  shown = usable(policy, shown, max_new_tokens, chat)
-  examples = [plain[e.id] for e in shown]
+  examples = usable(policy, as_examples(examples), max_new_tokens, chat, few_shot)
+  shown = [
+    dataclasses.replace(e, prompt=prompt)
+    for e, prompt in zip(examples, opened(examples, few_shot))
+  ]
   rollout = sample(
     policy,
     shown,

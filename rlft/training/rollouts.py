@@ -31,16 +31,16 @@ from rlft.core.rng import Purpose
 from rlft.core.types import Example, Reward, Rollout
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, scalar_head
+from rlft.rewards.forms import RewardOf
 from rlft.sampling.buckets import bucket
 from rlft.sampling.generate import generate
 from rlft.sampling.score import completion_hidden, completion_logp
 from rlft.sampling.stops import by_stop
+from rlft.tasks.prompts import opened
 from rlft.training.data import encode_prompts, place
 from rlft.training.step import COUNT
 
 log = logging.getLogger(__name__)
-
-RewardOf = Callable[[Rollout, Sequence[Example]], Reward]
 
 
 @struct.dataclass
@@ -136,8 +136,7 @@ def usable(
     DataError: none is left.
   """
   longest = policy.config.longest_sample
-  texts = [few_shot + e.prompt if few_shot else e.prompt for e in examples]
-  prompts = encode_prompts(policy.tokenizer, texts, chat)
+  prompts = encode_prompts(policy.tokenizer, opened(examples, few_shot), chat)
   fits = [0 < len(ids) <= longest(len(ids)) - max_new_tokens for ids in prompts]
   room = max(0, longest(1) - max_new_tokens)
   what = (
@@ -244,6 +243,15 @@ def with_steps_added(reward: Reward, rollout: Rollout) -> Reward:
     return reward
   value_B = reward.value + reward.step.sum(1)
   return dataclasses.replace(reward, value=value_B.astype(np.float32), step=None)
+
+
+def values(reward: Reward, rollout: Rollout) -> list[np.float32 | None]:
+  """What each row is worth, its steps included; None where it was not judged.
+
+  As float32, so that a threshold is compared as one: float(0.7) is above it.
+  """
+  reward = with_steps_added(reward, rollout)
+  return [x if known else None for x, known in zip(reward.value, reward.judged)]
 
 
 def join_groups(

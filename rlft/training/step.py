@@ -21,11 +21,14 @@ from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards, constrain
 from rlft.training.optimizer import (
+  Optimizer,
   OptimizerConfig,
   check_patterns,
   learning_rate,
   make_optimizer,
   matches,
+  rate_shown,
+  settings,
 )
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class TrainState:
   horizon: jax.Array
 
 
-def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState:
+def init_state(params: Any, optimizer: Optimizer, horizon: int) -> TrainState:
   """A state before the first update.
 
   The parameters are copied: the train step donates its state, and the caller keeps
@@ -61,26 +64,35 @@ def init_state(params: Any, config: OptimizerConfig, horizon: int) -> TrainState
 
   Args:
     params: where to start.
-    config: of the optimiser.
-    horizon: updates that the run is going to make; `config.total_steps` overrides it.
+    optimizer: a configuration, or an optax transformation.
+    horizon: updates that the run is going to make; `total_steps` of a configuration
+      overrides it.
 
   Raises:
     ConfigError: a `freeze` pattern matches nothing, or leaves nothing to train.
   """
-  check_patterns(config, params)
+  check_patterns(optimizer, params)
   params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
   # Not under jit: there the moments do not see where the parameters lie, and all of
   # them would start on one device.
-  opt_state = make_optimizer(config).init(params)
-  state = TrainState(
-    params, opt_state, jnp.int32(0), jnp.int32(config.total_steps or horizon)
-  )
+  opt_state = make_optimizer(optimizer).init(params)
+  horizon = settings(optimizer).total_steps or horizon
+  if not isinstance(optimizer, OptimizerConfig):
+    opt_state, horizon = _owned(opt_state), 0  # its schedule is its own
+  state = TrainState(params, opt_state, jnp.int32(0), jnp.int32(horizon))
   home = jax.tree.leaves(params)[0].sharding
   if isinstance(home, NamedSharding):
-    # Counters lie on the whole mesh from the start, as they do after an update: another
-    # layout would be another compilation.
+    # Counters, and what does not follow the parameters, lie on the whole mesh from the
+    # start, as they do after an update: another layout would be another compilation.
     whole = NamedSharding(home.mesh, PartitionSpec())
-    state = jax.tree.map(lambda x: x if x.ndim else hosts.spread(x, whole), state)
+
+    def home_of(x, followed):
+      if followed is None:
+        return hosts.spread(x, whole)
+      lies = isinstance(x.sharding, NamedSharding)
+      return x if lies else hosts.spread(x, followed.sharding)
+
+    state = _beside_followed(home_of, state, params)
   return state
 
 
@@ -102,9 +114,37 @@ def go_on_from(saved: TrainState, fresh: TrainState) -> TrainState:
   return saved.replace(horizon=fresh.horizon)
 
 
+def _beside_followed(function: Callable, state: Any, params: Any) -> Any:
+  """`function` of each leaf of an optimiser's state and the parameter that it follows:
+  the one at the end of its path, of its shape; None where there is none."""
+  known = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+  def beside(path, x):
+    ends = (known.get(path[i:]) for i in range(len(path)))
+    same = (p for p in ends if p is not None and p.shape == x.shape)
+    return function(x, next(same, None))
+
+  return jax.tree_util.tree_map_with_path(beside, state)
+
+
+def _owned(opt_state: Any) -> Any:
+  """The state of somebody's optimiser as arrays that a step may donate: it may hold the
+  parameters themselves, or an array that the caller keeps; and a key as plain numbers,
+  which a checkpoint can hold.
+  """
+  leaves, tree = jax.tree.flatten(opt_state)
+  del opt_state
+  for i, x in enumerate(leaves):  # one by one, so that only one is held twice
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      x = jax.random.key_data(x)
+    leaves[i] = jnp.array(x, x.dtype, copy=True)
+  return jax.tree.unflatten(tree, leaves)
+
+
 def make_step(
   loss: Callable[..., Sums],
-  config: OptimizerConfig,
+  optimizer: Optimizer,
   *,
   micro_batches: int = 1,
   mesh: Mesh | None = None,
@@ -120,14 +160,16 @@ def make_step(
     loss: pure; (params, batch, *frozen) -> {name: (sum, denominator)} with a "loss"
       entry. Its denominators must not depend on the parameters. What is frozen (the
       base weights under LoRA, say) is read whole by every part of the batch.
-    config: of the optimiser.
+    optimizer: a configuration, or an optax transformation, whose updates are added to
+      the parameters as they are; one that asks for it gets the loss as `value`.
     micro_batches: how many parts a batch is taken in; its rows must be a multiple.
     mesh: where the batch is sharded.
 
   Returns:
     The jitted step. Its state is donated. Metrics are float32 scalars on the device:
     the quotients, what others than "loss" were divided by ("count/NAME"), "grad_norm",
-    "update_norm", "learning_rate", "loss_denominator", "skipped".
+    "update_norm", "learning_rate" (of an optax transformation where
+    `optax.inject_hyperparams` shows it), "loss_denominator", "skipped".
   """
   if micro_batches < 1:
     raise ConfigError(f"micro_batches={micro_batches}: at least 1")
@@ -136,7 +178,8 @@ def make_step(
     sums = loss(params, batch, *frozen)
     return sums["loss"][0], sums
 
-  optimizer = make_optimizer(config)
+  transformation, freeze = make_optimizer(optimizer), settings(optimizer).freeze
+  own_rate = isinstance(optimizer, OptimizerConfig)
   grad = jax.grad(total_and_sums, has_aux=True)
 
   def split(x):
@@ -180,9 +223,8 @@ def make_step(
     grads = jax.tree.map(
       lambda g, frozen: jnp.zeros_like(g) if frozen else g * scale.astype(g.dtype),
       grads,
-      matches(grads, config.freeze),
+      matches(grads, freeze),
     )
-    rate = learning_rate(config, state.step, state.horizon)
     metrics = {name: _quotient(s, d) for name, (s, d) in sums.items()}
     metrics |= {
       COUNT + name: d
@@ -191,13 +233,20 @@ def make_step(
     }
     metrics["loss_denominator"] = denominator
     metrics["grad_norm"] = optax.tree.norm(grads)
-    metrics["learning_rate"] = rate
+    if own_rate:
+      metrics["learning_rate"] = learning_rate(optimizer, state.step, state.horizon)
     sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
 
     def update(state):
-      directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      updates = jax.tree.map(lambda d: -rate * d, directions)
+      updates, opt_state = transformation.update(
+        grads, state.opt_state, state.params, value=metrics["loss"]
+      )
+      if own_rate:
+        rate = metrics["learning_rate"]
+        updates = jax.tree.map(lambda direction: -rate * direction, updates)
+      else:
+        opt_state = _as_before(opt_state, state, mesh)
       params = optax.apply_updates(state.params, updates)
       after = TrainState(params, opt_state, state.step + 1, state.horizon)
       return after, optax.tree.norm(updates)
@@ -206,6 +255,8 @@ def make_step(
     # new values instead would keep both: 4 bytes more for each parameter.
     leave = lambda state: (state, jnp.float32(0))
     state, metrics["update_norm"] = jax.lax.cond(sound, update, leave, state)
+    if not own_rate:
+      metrics |= rate_shown(state.opt_state)
     return state, metrics
 
   step = jax.jit(train_step, donate_argnums=0)
@@ -218,6 +269,18 @@ def make_step(
     return state, metrics
 
   return paced_step
+
+
+def _as_before(opt_state: Any, before: TrainState, mesh: Mesh | None) -> Any:
+  """An optax state of the types that it had; what follows no parameter whole on the
+  mesh, where it lay."""
+  opt_state = jax.tree.map(
+    lambda new, old: jnp.asarray(new, old.dtype), opt_state, before.opt_state
+  )
+  whole = lambda x: constrain(x, mesh, (None,) * x.ndim)
+  return _beside_followed(
+    lambda x, followed: whole(x) if followed is None else x, opt_state, before.params
+  )
 
 
 def _is_max(name: str) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rlft.core import rng
 from rlft.models.hub import Policy
 from rlft.models.lora import LoRAConfig, init_lora, merge_lora
-from rlft.training.optimizer import OptimizerConfig
+from rlft.training.optimizer import Optimizer
 from rlft.training.step import TrainState, init_state
 
 
@@ -31,7 +31,7 @@ class Trainee:
   def __init__(
     self,
     policy: Policy,
-    optimizer: OptimizerConfig,
+    optimizer: Optimizer,
     horizon: int,
     *,
     lora: LoRAConfig | None = None,

@@ -11,9 +11,8 @@ import pytest
 from rlft.algorithms import best_of_n, grpo, ppo, sft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import return_conditioned as rc
-from rlft.cli.runs import MINI
 from rlft.core.types import Example, Reward, Verdict
-from rlft.models.hub import load
+from rlft.models.hub import MINI, load
 from rlft.rewards.verifiable import make_reward
 from rlft.tasks import arithmetic
 from rlft.training.optimizer import OptimizerConfig

@@ -216,7 +216,7 @@ def judge(text, example):
   return Verdict(answer, answer == example.answer, "bad" not in text, chain)
 
 
-CONFIG = ei.EIConfig(rounds=2, samples_per_prompt=3, seed=5)
+CONFIG = ei.EIConfig(rounds=2, samples_per_prompt=3, max_new_tokens=48, seed=5)
 ROWS = [("3 4\n", "3+4=7 #### 7")]
 
 
@@ -551,7 +551,10 @@ def test_leak_control_shuffled_answers_are_not_found(start, examples):
   assert result.rounds[0]["accepted"] <= 0.1 < right.rounds[0]["accepted"]
 
 
-def test_a_prompt_beyond_the_budget_is_named(start, examples):
+def test_a_prompt_beyond_the_budget_is_left_out_by_name(start, examples, caplog):
   long = dataclasses.replace(examples[1], prompt="1" * 100)
-  with pytest.raises(DataError, match=r"prompt 1 has 100 tokens .* 48 more"):
-    ei.run(start, [examples[0], long], arithmetic.judge, REAL)
+  with pytest.raises(DataError, match=r"all of 1 prompts are .* longer than the 80"):
+    ei.run(start, [long], arithmetic.judge, REAL)
+  result = ei.run(start, [examples[0], long], arithmetic.judge, REAL, sft_rows=ROWS)
+  assert result.rounds[0]["samples"] == REAL.samples_per_prompt
+  assert f"left out (ids {long.id})" in caplog.text

@@ -9,6 +9,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlft.algorithms import dpo, grpo, ppo, reward_model, sft
@@ -43,6 +44,14 @@ RUNS = {
   "ppo, LoRA, shared trunk": (
     ppo.run,
     ppo.PPOConfig(**SHARED, value="shared", lora=LoRAConfig(rank=2)),
+  ),
+  "grpo, an optax transformation": (
+    grpo.run,
+    grpo.preset(
+      "grpo",
+      **SHARED
+      | {"optimizer": optax.chain(optax.add_noise(1e-4, 0.5, 7), optax.adamw(1e-2))},
+    ),
   ),
   # Draws more prompts than it trains on.
   "dapo": (grpo.run, grpo.preset("dapo", **SHARED)),

@@ -48,14 +48,8 @@ def test_distillation(tmp_path, capsys):
   )
   assert code == 0
   assert "kept completions" in capsys.readouterr().out
-  policy, start = rlft.load(tmp_path / "model"), rlft.load(_mini())
+  policy, start = rlft.load(tmp_path / "model"), rlft.load("mini")
   assert abs(policy.params["embedding"] - start.params["embedding"]).max() > 0
-
-
-def _mini():
-  from rlft.cli import runs
-
-  return runs.MINI
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from rlft.cli.main import main
 from rlft.cli.ppo import PPORun
 from rlft.cli.return_conditioned import RCRLRun
 from rlft.cli.rl import RewardChoice
-from rlft.cli.runs import MINI
 from rlft.core.errors import CheckpointError, ConfigError
+from rlft.models.hub import MINI
 from rlft.rewards.contract import RewardConfig
 
 

@@ -11,6 +11,7 @@ import rlft
 from rlft.cli.main import main
 from rlft.cli.quickstart import sign_test
 from rlft.core.errors import ConfigError
+from rlft.models import hub
 from rlft.training import metrics
 
 SMALL_EVAL = (
@@ -71,22 +72,18 @@ def test_quickstart_compares_at_an_equal_budget(quickstart):
 
 
 def test_quickstart_model_is_one_that_loads_and_differs(quickstart):
-  from rlft.cli import runs
-
   policy = rlft.load(quickstart / "seed_0" / "model")
-  start = rlft.load(runs.MINI)
+  start = rlft.load("mini")
   assert policy.config == start.config
   moved = abs(policy.params["embedding"] - start.params["embedding"]).max()
   assert 0 < moved < 1
 
 
 def test_the_embedded_model_is_small_and_knows_its_task(tmp_path, capsys):
-  from rlft.cli import runs
-
-  policy = rlft.load(runs.MINI)
+  policy = rlft.load("mini")
   size = sum(x.size for x in jax.tree.leaves(policy.params))
   assert size < 1_000_000
-  assert sum(f.stat().st_size for f in runs.MINI.rglob("*")) < 4_000_000
+  assert sum(f.stat().st_size for f in hub.MINI.rglob("*")) < 4_000_000
   code = main(
     [
       "eval",

@@ -49,8 +49,8 @@ def test_fsdp_is_as_small_as_memory_allows(sizes, trained, devices, memory, fsdp
 
 
 def test_an_architecture_and_its_weights_are_known_without_them():
-  config = hub.architecture(runs.MINI)
-  policy = hub.load(runs.MINI)
+  config = hub.architecture(hub.MINI)
+  policy = hub.load(hub.MINI)
   assert config == policy.config
   assert runs.weight_count(config) == sum(
     x.size for x in jax.tree.leaves(policy.params)
@@ -59,7 +59,7 @@ def test_an_architecture_and_its_weights_are_known_without_them():
 
 def test_defaults_leave_the_embedded_model_room_for_its_problems(commands):
   """`rlft eval` and its like run as they are shown, without any setting."""
-  policy = hub.load(runs.MINI)
+  policy = hub.load("mini")
   splits = ("train", "test", "dev", "ood_steps", "ood_numbers", "ood_templates")
   texts = [one.prompt for split in splits for one in arithmetic.generate(split, 50)]
   longest = max(len(policy.tokenizer(text)["input_ids"]) for text in texts)

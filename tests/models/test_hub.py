@@ -881,3 +881,14 @@ def test_a_real_gguf_answers(smollm2):
   )
   answer = policy.tokenizer.decode(_greedy(policy, ids, 10)[len(ids) :])
   assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_models_that_come_with_rlft_have_names(tmp_path, monkeypatch):
+  assert hub.named("mini") == str(hub.MINI) and hub.named("./mini") == "./mini"
+  assert hub.architecture("mini") == hub.architecture(hub.MINI)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mini").mkdir()
+  assert hub.named("mini") == str(hub.MINI)  # no model
+  (tmp_path / "mini" / "config.json").write_text("{}")
+  with pytest.raises(ConfigError, match=r"write '\./mini'"):
+    hub.load("mini")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import pathlib
 import re
 
 import jax
@@ -26,11 +25,10 @@ from rlft.models.decoder import (
   positions_from_mask,
 )
 from rlft.models.heads import lm_logits
-from rlft.models.hub import Policy
+from rlft.models.hub import MINI, Policy
 from rlft.models.tokens import add_tokens, check_ids
 from rlft.sampling.stops import decode_completion, token_bytes
 
-MINI = pathlib.Path(rlft.__file__).parent / "assets" / "mini"
 LABELS = ("[GOOD]", "[BAD]")
 TEXT = "Tom has 3 red marbles."
 

@@ -24,7 +24,7 @@ import rlft  # noqa: E402
 from rlft.algorithms import expert_iteration, grpo, ppo, sft  # noqa: E402
 from rlft.cli import main as command_line  # noqa: E402
 from rlft.cli.rl import dev_score  # noqa: E402
-from rlft.cli.runs import MINI, TaskConfig  # noqa: E402
+from rlft.cli.runs import TaskConfig  # noqa: E402
 from rlft.core import hosts, watchdog  # noqa: E402
 from rlft.core.errors import RewardError  # noqa: E402
 from rlft.core.mesh import ROLLOUT_RULES, make_mesh, sharding  # noqa: E402
@@ -118,7 +118,7 @@ def sleeps():
 
 def train(name, mesh):
   """A short run of an algorithm: its policy, and every number of it."""
-  policy = rlft.load(MINI, mesh=mesh)
+  policy = rlft.load("mini", mesh=mesh)
   examples = arithmetic.generate("train", 64)
   dev = arithmetic.generate("dev", 7)
   log = {}

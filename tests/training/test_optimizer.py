@@ -244,3 +244,69 @@ def test_values_out_of_range_are_refused(field, value):
 def test_warmup_longer_than_the_schedule_is_refused():
   with pytest.raises(ConfigError, match="peak would never be reached"):
     OptimizerConfig(warmup_steps=11, total_steps=10)
+
+
+# ------------------------------------------------------------ an optax transformation
+
+
+def optax_alone(transformation, updates=6):
+  """Parameters after each update of optax by itself."""
+  ours, state, out = params(), transformation.init(params()), []
+  for batch in batches(updates):
+    grads = jax.grad(lambda p, b=batch: loss(p, b)["loss"][0] / 8)(ours)
+    moves, state = transformation.update(grads, state, ours)
+    ours = optax.apply_updates(ours, moves)
+    out.append(ours)
+  return out
+
+
+SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 6)
+KEY = jax.random.key(3)
+
+
+@pytest.mark.parametrize(
+  "transformation",
+  [
+    optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(SCHEDULE)),
+    optax.inject_hyperparams(optax.adam)(learning_rate=SCHEDULE),
+    optax.chain(optax.add_noise(0.01, 0.5, KEY), optax.sgd(0.1)),  # a key in its state
+    optax.chain(
+      optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.scale(-0.1)
+    ),
+  ],
+  ids=["chain", "injected", "noise", "factored"],
+)
+def test_a_transformation_updates_as_it_does_alone(transformation):
+  ours, metrics, state = run(transformation)
+  for a, b in zip(ours, optax_alone(transformation)):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-5, 1e-6), a, b)
+  again, _, _ = run(transformation)  # nothing of it was donated
+  jax.tree.map(np.testing.assert_array_equal, ours[-1], again[-1])
+  assert all(one["grad_norm"] > 0 and not one["skipped"] for one in metrics)
+  assert int(state.step) == 6
+
+
+def test_a_rate_that_optax_shows_is_logged():
+  _, metrics, _ = run(optax.inject_hyperparams(optax.sgd)(learning_rate=SCHEDULE))
+  rates = [one["learning_rate"] for one in metrics]
+  np.testing.assert_allclose(rates, [SCHEDULE(i) for i in range(6)], rtol=1e-6)
+  _, metrics, _ = run(optax.sgd(SCHEDULE), updates=1)
+  assert "learning_rate" not in metrics[0]
+
+
+def test_what_is_not_finite_is_skipped_under_any_optimiser():
+  transformation = optax.adamw(1e-2)
+  state, step = init_state(params(), transformation, 1), make_step(loss, transformation)
+  before = jax.device_get((state.params, state.opt_state))
+  bad = state.replace(params=state.params | {"embedding": jnp.full((6, 4), jnp.nan)})
+  kept = jax.device_get(bad.opt_state)
+  bad, metrics = step(bad, batches(1)[0])
+  assert metrics["skipped"] == 1
+  jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(bad.opt_state))
+  jax.tree.map(np.testing.assert_array_equal, kept, before[1])
+
+
+@pytest.mark.parametrize("wrong", [1e-3, "adamw", SCHEDULE, optax.adamw, None])
+def test_what_is_no_optimiser_is_named(wrong):
+  with pytest.raises(ConfigError, match="OptimizerConfig, or an optax transformation"):
+    init_state(params(), wrong, 1)

@@ -9,6 +9,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlft.algorithms.sft import sft_loss
@@ -195,6 +196,22 @@ def test_every_mesh_gives_the_same_losses_sharded(params, plain_losses, shape):
     assert local(tree["layers"]["attention"]["q"]["kernel"]) == (
       2, 16 // fsdp, 32 // tensor,
     )  # fmt: skip
+
+
+def test_a_transformation_lies_on_the_mesh(params):
+  """Whose state has other shapes than the parameters: one compilation, equal losses."""
+  rows = optax.scale_by_factored_rms(min_dim_size_to_factor=8)
+  optimizer = optax.chain(rows, optax.scale(-1e-2))
+  losses = []
+  for shape in ((1, 1, 1), (2, 2, 2)):
+    model, sharded, mesh = on_mesh(params, shape)
+    step = sft_step(model, optimizer, mesh=mesh)
+    found, state = losses_of(step, init_state(sharded, optimizer, 3), mesh)
+    losses.append(found)
+    assert step._cache_size() == 1
+    assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(state.opt_state))
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  assert losses[0][-1] < losses[0][0]
 
 
 def test_micro_batches_on_a_mesh(params, plain_losses):
