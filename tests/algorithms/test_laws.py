@@ -241,6 +241,9 @@ SMALL = {
   "max_new_tokens": 4,
   "temperature": HEAT,
 }
+# Many completions here are cut by the limit, and are to count as any other.
+GRPO_RUN = SMALL | {"mask_truncated": False}
+PPO_RUN = SMALL | {"truncated": "score"}
 FAST = OptimizerConfig(learning_rate=3e-2, schedule="linear", eps=1e-5)
 
 
@@ -272,7 +275,7 @@ def batches(monkeypatch):
 
 def test_dr_grpo_divides_by_nothing_and_grpo_by_the_groups_spread(tiny, batches):
   for name in ("dr_grpo", "grpo"):
-    config = grpo.preset(name, **(SMALL | {"iterations": 1}))
+    config = grpo.preset(name, **(GRPO_RUN | {"iterations": 1}))
     grpo.run(tiny, EXAMPLES[:2], pay, config)  # a group of "a" and one of "b"
   for (_, _, batch), scaled in zip(batches, (False, True)):
     value = batch.loss_mask.sum(1)
@@ -328,11 +331,11 @@ def test_adam_divides_by_the_gradient_and_1e_minus_5(tiny, module):
 
 def test_the_rate_decays_to_nothing_at_the_last_update(tiny):
   """The schedule is as long as the run: iterations x epochs x minibatches."""
-  shape = SMALL | {"iterations": 3, "epochs": 2, "minibatches": 2, "optimizer": FAST}
+  shape = {"iterations": 3, "epochs": 2, "minibatches": 2, "optimizer": FAST}
   of = 3 * 2 * 2
   mean = lambda i: np.mean([1 - u / of for u in range(4 * i, 4 * i + 4)])
-  runs = [grpo.run(tiny, EXAMPLES, pay, grpo.preset("dr_grpo", **shape))]
-  config = ppo.PPOConfig(**shape, value_optimizer=FAST)
+  runs = [grpo.run(tiny, EXAMPLES, pay, grpo.preset("dr_grpo", **GRPO_RUN | shape))]
+  config = ppo.PPOConfig(**PPO_RUN | shape, value_optimizer=FAST)
   runs.append(ppo.run(tiny, EXAMPLES, pay, config))
   for result in runs:
     rates = [one["learning_rate"] for one in result.iterations]
@@ -342,7 +345,7 @@ def test_the_rate_decays_to_nothing_at_the_last_update(tiny):
 
 
 def test_a_critics_warmup_does_not_spend_the_policys_rate(tiny):
-  shape = SMALL | {"iterations": 4, "epochs": 1, "minibatches": 2, "optimizer": FAST}
+  shape = PPO_RUN | {"iterations": 4, "epochs": 1, "minibatches": 2, "optimizer": FAST}
   config = ppo.PPOConfig(**shape, value_optimizer=FAST, critic_warmup=2)
   last = ppo.run(tiny, EXAMPLES, pay, config).iterations
   rates = [one["learning_rate"] for one in last[2:]]
@@ -378,7 +381,7 @@ def test_the_kl_controller_counts_rows_that_trained(tiny):
     return Reward(full.value, np.arange(len(full.value)) % 2 == 0)
 
   config = ppo.PPOConfig(
-    **SMALL, optimizer=FAST, value_optimizer=FAST, epochs=1, minibatches=1,
+    **PPO_RUN, optimizer=FAST, value_optimizer=FAST, epochs=1, minibatches=1,
     kl_coef=0.5, kl_target=1.0, kl_horizon=64,
   )  # fmt: skip
   stats = ppo.run(tiny, EXAMPLES, half, config).iterations
@@ -389,11 +392,13 @@ def test_the_kl_controller_counts_rows_that_trained(tiny):
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_the_reference_of_adapters_is_the_base_without_them(tiny, method):
-  shape = SMALL | {"iterations": 4, "optimizer": FAST, "lora": LoRAConfig(rank=4)}
+  shape = {"iterations": 4, "optimizer": FAST, "lora": LoRAConfig(rank=4)}
   if method == "grpo":
-    result = grpo.run(tiny, EXAMPLES, pay, grpo.preset("grpo", **shape))
+    result = grpo.run(tiny, EXAMPLES, pay, grpo.preset("grpo", **GRPO_RUN | shape))
   else:
-    config = ppo.PPOConfig(**shape, value_optimizer=FAST, epochs=2, minibatches=1)
+    config = ppo.PPOConfig(
+      **PPO_RUN | shape, value_optimizer=FAST, epochs=2, minibatches=1
+    )
     result = ppo.run(tiny, EXAMPLES, pay, config)
   assert result.iterations[0]["kl/sequence"] == pytest.approx(0, abs=1e-5)
   assert abs(result.iterations[-1]["kl/sequence"]) > 1e-3

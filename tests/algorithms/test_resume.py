@@ -35,15 +35,19 @@ SHARED = {
   "eval_every": 2,
   "optimizer": OptimizerConfig(learning_rate=1e-2, schedule="cosine", eps=1e-5),
 }
+# Nearly all completions here are cut: left out, nothing would train.
+CUT_COUNT = {"truncated": "score"}
 RUNS = {
   # Adaptive KL, warm-up of the value model, two networks.
   "ppo": (
     ppo.run,
-    ppo.PPOConfig(**SHARED, epochs=2, critic_warmup=1, kl_target=0.1, kl_horizon=20),
+    ppo.PPOConfig(
+      **SHARED, epochs=2, critic_warmup=1, kl_target=0.1, kl_horizon=20, **CUT_COUNT
+    ),
   ),
   "ppo, LoRA, shared trunk": (
     ppo.run,
-    ppo.PPOConfig(**SHARED, value="shared", lora=LoRAConfig(rank=2)),
+    ppo.PPOConfig(**SHARED, value="shared", lora=LoRAConfig(rank=2), **CUT_COUNT),
   ),
   "grpo, an optax transformation": (
     grpo.run,
@@ -51,10 +55,11 @@ RUNS = {
       "grpo",
       **SHARED
       | {"optimizer": optax.chain(optax.add_noise(1e-4, 0.5, 7), optax.adamw(1e-2))},
+      mask_truncated=False,
     ),
   ),
   # Draws more prompts than it trains on.
-  "dapo": (grpo.run, grpo.preset("dapo", **SHARED)),
+  "dapo": (grpo.run, grpo.preset("dapo", **SHARED, mask_truncated=False)),
 }
 
 
