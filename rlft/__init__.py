@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlft.core import platform as _platform
+
 if TYPE_CHECKING:
   from rlft.core.compiled import keep_compiled
   from rlft.core.types import Example, Rollout
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
   from rlft.training.progress import Progress
 
   __version__: str
+
+# Before jax starts: with libtpu and no TPU it looks for one, and logs errors.
+_platform.choose()
 
 __all__ = [
   "Example",

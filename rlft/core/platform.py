@@ -43,10 +43,13 @@ def choose(
     installed: whether a package can be imported.
 
   Returns:
-    What `JAX_PLATFORMS` was set to; None when it was left alone: the user has set it,
-    jax is already imported (it reads the variable then), or no plugin lacks a device.
+    What `JAX_PLATFORMS` was set to, and jax's own setting where jax is imported (it has
+    read the variable then); None when both were left alone: the user has set one, or no
+    plugin lacks a device.
   """
-  if "JAX_PLATFORMS" in environ or "jax" in sys.modules:
+  jax = sys.modules.get("jax")
+  settings = getattr(jax, "config", None)  # not yet there while jax itself is imported
+  if "JAX_PLATFORMS" in environ or (jax and getattr(settings, "jax_platforms", "")):
     return None
   plugins = {kind for name, kind in _PLUGINS.items() if installed(name)}
   present = {kind for kind in plugins if any(any(dev.glob(p)) for p in _DEVICES[kind])}
@@ -56,6 +59,8 @@ def choose(
   # reachable for host-side work.
   platforms = ",".join([*sorted(present), "cpu"])
   environ["JAX_PLATFORMS"] = platforms
+  if jax is not None and settings is not None:
+    settings.update("jax_platforms", platforms)  # no effect once devices have started
   return platforms
 
 

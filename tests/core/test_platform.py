@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -49,15 +50,24 @@ def test_the_user_decides(tmp_path, monkeypatch):
   assert environ == {"JAX_PLATFORMS": ""}
 
 
-def test_too_late_after_jax(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "jax", sys)
+def test_jax_that_is_imported_is_told_too_unless_the_user_has(tmp_path, monkeypatch):
+  told = types.SimpleNamespace(jax_platforms=None)
+  told.update = lambda name, value: setattr(told, name, value)
+  monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(config=told))
   environ: dict[str, str] = {}
-  assert platform.choose(environ, dev=tmp_path, installed=lambda name: True) is None
-  assert environ == {}
+  choose = lambda: platform.choose(environ, tmp_path, lambda name: name == "libtpu")
+  assert choose() == told.jax_platforms == environ.pop("JAX_PLATFORMS") == "cpu"
+  told.jax_platforms = "cuda"
+  assert choose() is None
+  assert (told.jax_platforms, environ) == ("cuda", {})
+  monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace())  # being imported
+  assert choose() == environ["JAX_PLATFORMS"] == "cpu"
 
 
-def test_jax_starts_on_this_machine_without_a_word():
-  code = "from rlft.core import platform; platform.choose()\nimport jax; jax.devices()"
+@pytest.mark.parametrize("first", ["rlft", "jax"])
+def test_scripts_start_on_this_machine_without_a_word(first):
+  then = {"rlft": "jax", "jax": "rlft"}[first]
+  code = f"import {first}\nimport {then}\nimport jax; jax.devices()"
   env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
   done = subprocess.run(
     [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
