@@ -4,10 +4,11 @@
   python launch/local.py --processes=2 --devices=4 -- ppo --config=FILE --workdir=DIR
 
 Each process gets RLFT_COORDINATOR, RLFT_NUM_PROCESSES and RLFT_PROCESS_ID; its output
-is shown behind its number. --devices gives each that many virtual CPU devices; without
-it they see the machine's own. When one process fails the others are ended, and its exit
-code is ours. SIGTERM and Ctrl-C are passed on, so that rlft saves and ends with 75 or
-130; a second one ends it at once.
+is shown behind its number, but for what says nothing: that Gloo is connected, and what
+the others write when one has failed (--all shows it). --devices gives each that many
+virtual CPU devices; without it they see the machine's own. When one process fails the
+others are ended, and its exit code is ours. SIGTERM and Ctrl-C are passed on, so that
+rlft saves and ends with 75 or 130; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+Hides = Callable[[int, str], bool]  # (process, line) -> whether it is not shown
 PREEMPTED, INTERRUPTED = 75, 130  # the exit codes of rlft that mean "saved"
 
 
@@ -42,6 +44,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   parser.add_argument(
     "--save", type=float, default=120.0, help="seconds to save in after a signal"
+  )
+  parser.add_argument(
+    "--all", action="store_true", help="show also Gloo's lines, and victims' last ones"
   )
   parser.add_argument("--dry-run", action="store_true")
   parser.add_argument("words", nargs="*", help="for rlft, behind --")
@@ -82,18 +87,26 @@ def say(text: str) -> None:
   print(f"local.py: {text}", file=sys.stderr, flush=True)
 
 
-def show(number: int, process: subprocess.Popen[bytes]) -> None:
+def show(number: int, process: subprocess.Popen[bytes], hides: Hides) -> None:
   """Copies a process's output, line by line, behind its number."""
   assert process.stdout is not None
   with process.stdout as lines:
     for line in lines:
       text = line.decode(errors="replace").rstrip("\n")
-      print(f"[{number}] {text}\n", end="", flush=True)
+      if not hides(number, text):
+        print(f"[{number}] {text}\n", end="", flush=True)
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:
   """As a shell gives it: 128 + n for signal n."""
   return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def cause(process: subprocess.Popen[bytes]) -> str:
+  """The signal that it died of."""
+  if process.returncode >= 0:
+    return ""
+  return f": killed by {signal.Signals(-process.returncode).name}"
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
@@ -102,13 +115,16 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def supervise(lines: list[list[str]], grace: float, save: float) -> int:
+def supervise(
+  lines: list[list[str]], grace: float, save: float, everything: bool = False
+) -> int:
   """Runs the commands until all have ended.
 
   Args:
     lines: one command per process.
     grace: seconds from SIGTERM to SIGKILL for the others of a process that failed.
     save: seconds to SIGKILL after a signal, or after the first process that exited 75.
+    everything: show every line.
 
   Returns:
     The exit code of the first process that failed by itself; else 75 if one was
@@ -138,7 +154,12 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
 
   before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
   result, ended, failed = 0, set[int](), False
-  saved = [PREEMPTED]
+  saved, guilty = [PREEMPTED], -1
+
+  def hides(number: int, text: str) -> bool:
+    victim = failed and number != guilty
+    return not everything and (victim or text.startswith("[Gloo] Rank "))
+
   try:
     for number, line in enumerate(lines):
       # A session of its own: Ctrl-C in the terminal must reach it once, through us.
@@ -146,7 +167,9 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
       )
       processes.append(process)
-      readers.append(threading.Thread(target=show, args=(number, process), daemon=True))
+      readers.append(
+        threading.Thread(target=show, args=(number, process, hides), daemon=True)
+      )
       readers[-1].start()
     for number in early:
       forward(number, None)
@@ -159,12 +182,12 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
         code = exit_code(process)
         if code == 0 or failed:
           continue  # victims of the first failure are no news
-        say(f"process {number} (pid {process.pid}) exited with {code}")
+        say(f"process {number} (pid {process.pid}) exited with {code}{cause(process)}")
         if code in saved:
           result = code
           deadline = min(deadline, time.monotonic() + save)
           continue
-        result, failed = code, True
+        guilty, result, failed = number, code, True
         deadline = min(deadline, time.monotonic() + grace)
         say("the others are ended")
         send(signal.SIGTERM)
@@ -174,7 +197,7 @@ def supervise(lines: list[list[str]], grace: float, save: float) -> int:
         failed, deadline = True, float("inf")
         result = result or 128 + signal.SIGKILL
         send(signal.SIGKILL)
-      time.sleep(0.02)
+      time.sleep(0.005)  # faster than victims can complain
   finally:
     for number in set(range(len(processes))) - ended:
       kill_group(processes[number])
@@ -192,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in lines:
       print(shlex.join(line))
     return 0
-  return supervise(lines, args.grace, args.save)
+  return supervise(lines, args.grace, args.save, args.all)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ if word == "save":
 if word == "interrupted":  # saves for a moment, the later the higher its number
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
   signal.signal(signal.SIGINT, lambda *_: (time.sleep(number / 2), sys.exit(130)))
+if word == "victim":  # tells of its connection, and at length of its end
+  print("[Gloo] Rank", number, "is connected", flush=True)
+  signal.signal(signal.SIGTERM, lambda *_: (print("F0000", "x"), sys.exit(1)))
 if word == "deaf":
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -97,8 +100,19 @@ def test_the_others_of_a_process_that_dies_are_ended(child, word, code):
   assert all(gone(pid) for pid in others)
   first = err.splitlines()[0]
   assert first.startswith("local.py: process 1 (pid ")
-  assert first.endswith(f"exited with {code}")
+  signalled = ": killed by SIGKILL" if word == "kill" else ""
+  assert first.endswith(f"exited with {code}{signalled}")
   assert "killed, as still alive: processes [2]" in err  # SIGTERM was not enough
+
+
+@pytest.mark.parametrize("options", [(), ("--all",)])
+def test_what_says_nothing_is_shown_on_request(child, options):
+  process = launch(child, "victim", "kill", options=options)
+  code, out, err = finish(process)
+  assert code == 128 + 9
+  assert [("[Gloo]" in out), ("F0000" in out)] == [bool(options)] * 2
+  assert sum(line.split()[1] == "ready" for line in out.splitlines()) == 2
+  assert len(err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
