@@ -394,7 +394,10 @@ class Decoder(nn.Module):
       (config.vocab_size, width),
       jnp.float32,
     )
-    x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+    # Gathered over fsdp as any weight is. Else rows come out split by width, and XLA
+    # copies the activations to every device to split them by batch (and says so).
+    table_VE = constrain(embedding, self.mesh, ("vocab", None))
+    x = jnp.take(table_VE, tokens, axis=0).astype(self.dtype)
     if config.embed_scale != 1.0:
       x *= jnp.asarray(config.embed_scale, self.dtype)
     linear = functools.partial(
