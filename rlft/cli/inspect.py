@@ -9,6 +9,8 @@ Nothing is written, and a run that is going on is not disturbed.
 from __future__ import annotations
 
 import argparse
+import re
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ SUMMARY = "show a run: checkpoints and their health, last metrics, transcripts"
 GROUP = "look and plan"
 TRANSCRIPT_LINES = 24
 COMPILED_SHOWN = 8
+DAMAGE_SHOWN = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checkpoints(workdir: Path, verify: bool) -> bool:
   """Prints the table; whether one of them is damaged."""
-  body, damaged = [], False
+  body, told, damaged = [], list[str](), False
   checkpoints = Checkpointer(workdir, lock=False)
   for step in checkpoints.steps():
     path = workdir / DIRECTORY / f"{step:08d}"
@@ -70,9 +73,9 @@ def _checkpoints(workdir: Path, verify: bool) -> bool:
     files = [file for file in path.rglob("*") if file.is_file()]
     health = "whole" if verify else "not read (--verify)"
     if problems:
-      name, what = next(iter(problems.items()))
-      health = f"DAMAGED: {name} {what}"
-      health += f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+      health = "DAMAGED"
+      told += [f"damaged: step {step}:"]
+      told += [f"  {name}: {_short_hashes(what)}" for name, what in problems.items()]
     body.append(
       [
         step,
@@ -84,6 +87,10 @@ def _checkpoints(workdir: Path, verify: bool) -> bool:
     )
   checkpoints.close()
   show.table("checkpoints", ["step", "saved", "size", "arrays", "health"], body)
+  for line in told[:DAMAGE_SHOWN]:
+    print(textwrap.fill(line, 80, subsequent_indent="    ", break_on_hyphens=False))
+  if len(told) > DAMAGE_SHOWN:
+    print(f"  and {len(told) - DAMAGE_SHOWN} lines more")
   for path in sorted((workdir / DIRECTORY).glob("*.damaged")):
     print(f"put aside as damaged: {path}")
   owner = (workdir / LOCK).read_text().strip() if (workdir / LOCK).is_file() else ""
@@ -125,6 +132,11 @@ def _short(shapes: list[str]) -> str:
   """Of the last ones, as many as a line has room for."""
   text = " ".join(shapes)
   return text if len(text) <= 40 else "... " + text[-40:].partition(" ")[2]
+
+
+def _short_hashes(text: str) -> str:
+  """Two of 64 digits fill a line, and nobody compares them by eye."""
+  return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)
 
 
 def _ago(then: float) -> str:

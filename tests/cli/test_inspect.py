@@ -53,6 +53,9 @@ def test_a_flipped_bit_is_named(workdir, capsys):
   assert main(["inspect", str(workdir), "--verify"]) == 1
   said = capsys.readouterr().out
   assert said.count("DAMAGED") == 1 and said.count("whole") == 1
+  shown = said[said.index("checkpoints") : said.index("last writer")].splitlines()
+  assert max(map(len, shown)) <= 80
+  assert shown[shown.index("damaged: step 3:") + 1].startswith("  w: ")
   assert (workdir / DIRECTORY / "00000003").is_dir()  # only looked at
 
 
