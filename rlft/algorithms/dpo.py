@@ -41,7 +41,7 @@ from rlft.objectives import preference
 from rlft.objectives.estimates import bootstrap_interval
 from rlft.sampling.score import token_logp
 from rlft.tasks.preferences import Rows, as_preferences
-from rlft.training.data import completion_end, encode_prompts, grouped, place
+from rlft.training.data import encode_prompts, grouped, place
 from rlft.training.divergence import Guard
 from rlft.training.epochs import Order, fit
 from rlft.training.metrics import PhaseTimers
@@ -354,11 +354,10 @@ def run(
   check(policy, config, reference)
   preferences, on_step = as_preferences(preferences), step_listener(on_step)
   limits = [p.config.max_positions for p in (policy, reference or policy)]
-  end = completion_end(policy.tokenizer, policy.eos_ids, config.chat)
   encode = functools.partial(
     encode_pairs,
     policy.tokenizer,
-    end,
+    policy.eos_ids,
     max_length=min(config.max_length, *limits),
     chat=config.chat,
   )

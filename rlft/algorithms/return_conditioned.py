@@ -45,7 +45,6 @@ from rlft.tasks.prompts import Prompts, as_examples, opened
 from rlft.training import rollouts
 from rlft.training.data import (
   TokenRow,
-  completion_end,
   encode_prompts,
   encode_rows,
 )
@@ -459,7 +458,7 @@ def _split(base: Policy, config: RCRLConfig, rows):
   """(prompt ids, completion ids, step ends) of each row."""
   encoded = encode_rows(
     base.tokenizer,
-    completion_end(base.tokenizer, base.eos_ids, config.train.chat),
+    base.eos_ids,
     rows,
     max_length=sys.maxsize,  # `sft.train` drops and counts what is too long
     chat=config.train.chat,

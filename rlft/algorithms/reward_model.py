@@ -35,7 +35,7 @@ from rlft.objectives.preference import bradley_terry
 from rlft.objectives.supervised import binary_cross_entropy
 from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Rows, as_preferences
-from rlft.training.data import completion_end, encode_prompts, encode_rows
+from rlft.training.data import encode_prompts, encode_rows
 from rlft.training.divergence import Guard
 from rlft.training.epochs import Fitted, Order, fit
 from rlft.training.metrics import PhaseTimers
@@ -209,15 +209,22 @@ def train_pairs(
   began = time.perf_counter()
   check(policy, config)
   preferences = as_preferences(preferences)
-  end = completion_end(policy.tokenizer, policy.eos_ids, config.chat)
   limit = min(config.max_length, policy.config.max_positions)
   pairs = encode_pairs(
-    policy.tokenizer, end, preferences, max_length=limit, chat=config.chat
+    policy.tokenizer,
+    policy.eos_ids,
+    preferences,
+    max_length=limit,
+    chat=config.chat,
   )
   check_pair_ids(pairs, policy)
   if references:
     rows = encode_rows(
-      policy.tokenizer, end, references, max_length=limit, chat=config.chat
+      policy.tokenizer,
+      policy.eos_ids,
+      references,
+      max_length=limit,
+      chat=config.chat,
     )
   else:
     rows = [pair.chosen for pair in pairs]

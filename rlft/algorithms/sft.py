@@ -28,7 +28,6 @@ from rlft.training.data import (
   TokenRow,
   TrainBatch,
   batches,
-  completion_end,
   encode_prompts,
   encode_rows,
 )
@@ -236,7 +235,7 @@ def _encode(policy: Policy, rows, config: SFTConfig, limit: int) -> list[TokenRo
   if not rows or not isinstance(rows[0], TokenRow):
     encoded = encode_rows(
       policy.tokenizer,
-      completion_end(policy.tokenizer, policy.eos_ids, config.chat),
+      policy.eos_ids,
       rows,
       max_length=limit,
       chat=config.chat,

@@ -156,7 +156,7 @@ def make_policy(config: ModelConfig, mesh: MeshConfig, trained: int = 1) -> Poli
     return load(config.path, mesh=grid, dtype=config.dtype)
   from rlft.tasks.tokenizer import word_tokenizer
 
-  tokenizer = word_tokenizer(arithmetic.words())
+  tokenizer = word_tokenizer(arithmetic.words(), prompt_end="\n")
   decoder = config.decoder
   if decoder.vocab_size == 0:
     decoder = dataclasses.replace(decoder, vocab_size=len(tokenizer))

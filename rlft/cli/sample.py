@@ -13,7 +13,6 @@ import rlft
 from rlft.cli import runs
 from rlft.cli.overrides import unescape
 from rlft.core.errors import DataError
-from rlft.training.data import encode_prompts
 
 SUMMARY = "sample completions of a prompt"
 GROUP = "sample and evaluate"
@@ -46,11 +45,10 @@ def run(args: argparse.Namespace) -> int:
   if not prompts:
     raise DataError('no prompt: rlft sample "Tom has 3 apples ..."')
   policy = runs.make_policy(runs.ModelConfig(path=args.model), runs.MeshConfig())
-  if args.model == "mini":  # its prompts end in a newline
-    prompts = [p if p.endswith("\n") else p + "\n" for p in prompts]
   rollout = rlft.generate(
     policy,
-    encode_prompts(policy.tokenizer, prompts, args.chat),
+    prompts,
+    chat=args.chat,
     samples=args.samples,
     max_new_tokens=args.max_new_tokens,
     temperature=args.temperature,

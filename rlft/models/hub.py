@@ -84,7 +84,9 @@ class Policy:
     config: the architecture, `model.config`.
     hf_config: config.json as it was read; empty for a model that rlft made.
     generation_config: generation_config.json as it was read.
-    eos_ids: the tokens that end a completion; the tokenizer's own when not given.
+    eos_ids: the tokens that end a completion: of a loaded model those that
+      generation_config.json, config.json and the tokenizer name; the tokenizer's own
+      when not given.
   """
 
   model: Decoder
@@ -191,7 +193,6 @@ def read_policy(
   path, hf = opened.path, opened.hf
   family = families.resolve(hf)
   config = family.from_hf(hf)
-  eos_ids = _eos_ids(opened.generation, hf, config)
   if path.is_file():
     from rlft.models import gguf
 
@@ -199,6 +200,7 @@ def read_policy(
   else:
     tokenizer = _tokenizer(path)
   _check_tokenizer(path, tokenizer, config)
+  eos_ids = _eos_ids(opened.generation, hf, tokenizer, config)
   model = Decoder(config, dtype=dtype, mesh=mesh)
   return Policy(
     model=model,
@@ -436,15 +438,22 @@ def _check_tokenizer(path: pathlib.Path, tokenizer: Any, config: DecoderConfig) 
     )
 
 
-def _eos_ids(generation, hf, config: DecoderConfig) -> tuple[int, ...]:
-  ids = generation.get("eos_token_id", hf.get("eos_token_id"))
-  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-  for i in ids:
-    if type(i) is not int or not 0 <= i < config.vocab_size:
-      raise CheckpointError(
-        f"eos_token_id={i!r} is not a token of a vocabulary of {config.vocab_size}"
-      )
-  return tuple(ids)
+def _eos_ids(
+  generation: dict[str, Any], hf: dict[str, Any], tokenizer: Any, config: DecoderConfig
+) -> tuple[int, ...]:
+  """Every id that one of them says ends a text: a chat model ends its turns by one that
+  only its tokenizer names, say. One that cannot be sampled ends nothing."""
+  found: dict[int, None] = {}
+  for source in (generation, hf):
+    ids = source.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    for i in ids:
+      if type(i) is not int:
+        raise CheckpointError(f"eos_token_id={i!r} is no token id")
+      found[i] = None
+  if tokenizer is not None and tokenizer.eos_token_id is not None:
+    found[tokenizer.eos_token_id] = None
+  return tuple(i for i in found if 0 <= i < config.vocab_size)
 
 
 # ------------------------------------------------------------------------ writing

@@ -15,7 +15,6 @@ from rlft.core.errors import ConfigError, DataError
 from rlft.models.scalar import ScalarModel
 from rlft.rewards.learned import row_values
 from rlft.tasks.preferences import Preference
-from rlft.training.data import completion_end
 from rlft.training.outcomes import Outcome, check_outcomes, encode_outcomes
 from rlft.training.pairs import TokenPair, check_pair_ids, encode_pairs
 
@@ -40,9 +39,10 @@ def accuracy(
   Returns:
     "accuracy": (share, low, high), with a 95 % interval; "pairs": how many were read.
   """
-  end = completion_end(scalar.tokenizer, scalar.eos_ids, chat)
   limit = min(max_length, scalar.config.max_positions)
-  pairs = encode_pairs(scalar.tokenizer, end, preferences, max_length=limit, chat=chat)
+  pairs = encode_pairs(
+    scalar.tokenizer, scalar.eos_ids, preferences, max_length=limit, chat=chat
+  )
   check_pair_ids(pairs, scalar)
   gap_N = pair_gaps(scalar, pairs)
   prompts = [str(preferences[pair.source].prompt) for pair in pairs]

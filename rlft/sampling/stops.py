@@ -122,6 +122,8 @@ class _Pieces:
     added = tokenizer.added_tokens_decoder.items()
     special = {index for index, token in added if token.special}
     special |= set(tokenizer.all_special_ids)
+    # Their texts, which only a stop string that names one can see.
+    self.special = {i: tokenizer.convert_ids_to_tokens(i) for i in special}
     steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     vocab = tokenizer.get_vocab()
     spelt = [b""] * (1 + max(vocab.values(), default=-1))
@@ -135,6 +137,14 @@ class _Pieces:
     self.start_N = (np.cumsum(length_N) - length_N)[self.order_N]
     self.text = np.frombuffer(b"".join(spelt), np.uint8)
     self.tables: dict[Any, StopTable] = {}
+
+  def named(self, stops: Sequence[str]) -> dict[int, bytes]:
+    """The special tokens that a stop string holds: those are text to it."""
+    return {
+      index: text.encode()
+      for index, text in self.special.items()
+      if text and any(text in stop for stop in stops)
+    }
 
 
 _CACHE: weakref.WeakKeyDictionary[Any, tuple[Any, _Pieces]] = (
@@ -238,7 +248,8 @@ def compile_stops(
 
   Args:
     stops: the strings; the text is over as soon as one of them is complete.
-    tokenizer: see `token_bytes`. Special tokens keep the state.
+    tokenizer: see `token_bytes`. Special tokens keep the state, but for those that a
+      stop holds ("<|im_end|>\\n"): these are text.
     vocab_size: V, the model's; ids beyond the tokenizer's keep the state, and tokens
       beyond V, which the model cannot choose, are left out.
 
@@ -290,6 +301,12 @@ def _compile(stops: tuple[str, ...], pieces: _Pieces, vocab_size: int) -> StopTa
   )
   reachable = pieces.order_N < vocab_size
   next_state_SV[:used, pieces.order_N[reachable]] = state_SN[:, reachable]
+  for index, text in pieces.named(stops).items():
+    if index < vocab_size:
+      state_S = np.arange(used, dtype=np.int32)
+      for byte in text:
+        state_S = delta[state_S, byte]
+      next_state_SV[:used, index] = state_S
   next_state_SV.setflags(write=False)
   return StopTable(next_state_SV, TERMINAL, stops)
 
@@ -338,12 +355,24 @@ def decode_completion(
   Raises:
     ConfigError: an id is negative, or a stop string is not valid.
   """
-  pieces = token_bytes(tokenizer)
+  pieces = _pieces(tokenizer)
   ids = [int(index) for index in ids]
   if min(ids, default=0) < 0:
     raise ConfigError(f"token id {min(ids)} is negative; cut the padding off first.")
-  text = b"".join(pieces[index] for index in ids if index < len(pieces))
-  return cut(text, stops).decode("utf-8", "replace")
+  known = len(pieces.bytes)
+  parts = [pieces.bytes[index] if index < known else b"" for index in ids]
+  if named := pieces.named(_check(stops)):
+    # Cut where the special tokens are text, then keep what is text for a reader too.
+    seen = [named.get(index, part) for index, part in zip(ids, parts)]
+    left = len(cut(b"".join(seen), stops))
+    kept = []
+    for index, part, length in zip(ids, parts, map(len, seen)):
+      kept.append(b"" if index in named else part[: max(0, left)])
+      left -= length
+    text = b"".join(kept)
+  else:
+    text = cut(b"".join(parts), stops)
+  return text.decode("utf-8", "replace")
 
 
 def by_stop(rollout: Rollout, eos_ids: Sequence[int]) -> np.ndarray:

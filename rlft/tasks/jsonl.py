@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlft.core.errors import DataError
+from rlft.text.encode import clean
 
 
 def rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -32,8 +33,10 @@ def _parse(line: bytes) -> Any:
   if not line.strip():
     return DataError("the line is empty.")
   try:
-    return json.loads(line.decode("utf-8-sig"))
+    value = json.loads(line.decode("utf-8-sig"))
   except UnicodeDecodeError:
     return DataError("the line is not UTF-8.")
   except (ValueError, RecursionError) as error:
     return DataError(f"not JSON: {error}.")
+  # JSON can spell half a character, which no tokenizer reads: U+FFFD.
+  return clean(value) if b"\\ud" in line.lower() else value

@@ -3,7 +3,8 @@
 The fields of a row tell the format:
 
   pairs        prompt, chosen, rejected, and perhaps margin
-  hh           chosen, rejected: whole dialogues, as Anthropic's hh-rlhf has them
+  hh           chosen, rejected: whole dialogues, as Anthropic's hh-rlhf has them, or
+               lists of messages
   alpaca_eval  instruction, output_1, output_2, preference (1 or 2)
   asset        source, a, b, winner: "asset" is a, what stands in b_from is b
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -21,10 +23,13 @@ from typing import Any
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.tasks import jsonl
+from rlft.text.encode import Prompt, is_messages
 
 _log = logging.getLogger(__name__)
 
 _TURN = "\n\nAssistant:"
+# A prompt of so many words does not stand before an answer by chance, as "Hi" may.
+_WORDS = 3
 _FIELDS = {
   "pairs": ("prompt", "chosen", "rejected"),
   "hh": ("chosen", "rejected"),
@@ -39,13 +44,13 @@ class Preference:
 
   Attributes:
     id: index of the row in its data set.
-    prompt: the text that both continue.
+    prompt: the text that both continue, or a list of messages that both answer.
     chosen, rejected: the completions, the preferred one first.
     margin: by how much it is preferred, at least 0; None when nobody said.
   """
 
   id: int
-  prompt: str
+  prompt: Prompt
   chosen: str
   rejected: str
   margin: float | None = None
@@ -63,7 +68,8 @@ def load(
 
   A row whose annotator found both sides equal is a tie: it prefers nothing, and is
   dropped and counted. A bad row lacks a field, has a blank side, two equal sides, or
-  dialogues that differ before their last answer.
+  dialogues that differ before their last answer. Sides may be lists of messages; what
+  they repeat of the prompt is taken off, and of texts see `without_prompts`.
 
   Args:
     path: a jsonl file, or a directory with `<split>.jsonl`.
@@ -110,7 +116,12 @@ def load(
       ties += 1
       continue
     prompt, chosen, rejected, margin = sides
-    prompt = template.replace("{}", prompt)
+    if isinstance(prompt, str):
+      prompt = template.replace("{}", prompt)
+    elif template != "{}":
+      raise ConfigError(
+        f"template={template!r}, but {place} has messages: leave it out"
+      )
     found.append(Preference(index, prompt, chosen, rejected, margin))
   rows = len(found) + len(bad) + ties
   if ties:
@@ -124,7 +135,43 @@ def load(
     )
   if not found:
     raise DataError(f"{path}: no row prefers anything ({rows} rows, {ties} ties)")
-  return found
+  return without_prompts(found)
+
+
+def without_prompts(preferences: Sequence[Preference]) -> list[Preference]:
+  """The preferences, without the prompt where both sides repeat it before they answer.
+
+  Some sets give the whole text as a side. A set does so when all of its rows do; of one
+  that is mixed, rows whose prompt is no greeting, but three words at least.
+  """
+
+  def repeats(one: Preference) -> bool:
+    sides, prompt = (one.chosen, one.rejected), one.prompt
+    return (
+      isinstance(prompt, str)
+      and bool(prompt.strip())
+      and all(side.startswith(prompt) and side[len(prompt) :].strip() for side in sides)
+    )
+
+  found = [repeats(one) for one in preferences]
+  every = all(found)
+  out = [
+    dataclasses.replace(
+      one,
+      chosen=one.chosen[len(one.prompt) :],
+      rejected=one.rejected[len(one.prompt) :],
+    )
+    if again and (every or len(one.prompt.split()) >= _WORDS)
+    else one
+    for one, again in zip(preferences, found)
+  ]
+  if taken := sum(a is not b for a, b in zip(out, preferences)):
+    _log.warning(
+      "%d of %d preferences repeat their prompt on both sides: it is taken off",
+      taken,
+      len(out),
+    )
+  return out
 
 
 Rows = str | os.PathLike[str] | Iterable[Any]
@@ -171,8 +218,9 @@ def hold_out(
   if not 0 <= share < 1:
     raise ConfigError(f"share={share}: from 0 to below 1")
 
-  def held(prompt: str) -> bool:
-    digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+  def held(prompt: Prompt) -> bool:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    digest = hashlib.sha256(f"{seed}\n{text}".encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
   rest, out = [], []
@@ -198,11 +246,18 @@ def _sides(row: Any, format: str) -> tuple[str, str, str, float | None] | None:
   """(prompt, chosen, rejected, margin) of a row; None for a tie."""
   _check_object(row)
   margin = None
-  if format == "pairs":
+  if format in ("pairs", "hh") and is_messages(row.get("chosen")):
+    prompt, chosen = _reply(row, "chosen")
+    other, rejected = _reply(row, "rejected")
+    if prompt != other:
+      raise DataError("the dialogues differ before their last answer.")
+    margin = row.get("margin")
+  elif format == "pairs" and is_messages(row.get("prompt")):
+    chosen, rejected = _texts(row, "chosen", "rejected")
+    prompt, margin = row["prompt"], row.get("margin")
+  elif format == "pairs":
     prompt, chosen, rejected = _texts(row, "prompt", "chosen", "rejected")
     margin = row.get("margin")
-    if margin is not None and not _is_margin(margin):
-      raise DataError(f"'margin' is {margin!r:.40}; it must be a number, at least 0.")
   elif format == "hh":
     dialogues = _texts(row, "chosen", "rejected")
     for name, text in zip(("chosen", "rejected"), dialogues):
@@ -232,12 +287,37 @@ def _sides(row: Any, format: str) -> tuple[str, str, str, float | None] | None:
     if winner not in ("asset", other):
       raise DataError(f"'winner' is {winner!r}; it must be asset, {other} or similar.")
     chosen, rejected = (first, second) if winner == "asset" else (second, first)
+  if margin is not None and not _is_margin(margin):
+    raise DataError(f"'margin' is {margin!r:.40}; it must be a number, at least 0.")
   for name, text in (("chosen", chosen), ("rejected", rejected)):
     if not text.strip():
       raise DataError(f"the {name} side is blank.")
   if chosen.strip() == rejected.strip():
     raise DataError(f"both sides are equal: {chosen.strip()!r:.60}.")
   return prompt, chosen, rejected, None if margin is None else float(margin)
+
+
+def _reply(row: dict[str, Any], name: str) -> tuple[Prompt, str]:
+  """(prompt, the assistant's text) of a side that is a list of messages."""
+  messages = row.get(name)
+  if not is_messages(messages) or messages[-1]["role"] != "assistant":
+    raise DataError(
+      f"{name!r} is {messages!r:.80}; it must be messages, an assistant's at the end."
+    )
+  *before, last = messages
+  (text,) = _texts({name: last.get("content")}, name)
+  prompt = row.get("prompt")
+  if prompt is None:  # the side is the whole dialogue
+    prompt = before
+  elif isinstance(prompt, str):
+    said = {"role": "user", "content": prompt}
+    repeated = bool(before) and before[-1].get("content") == prompt
+    prompt = before if repeated else [*before, said]
+  elif is_messages(prompt) and before and before != prompt:
+    prompt = None
+  if not is_messages(prompt):
+    raise DataError(f"the messages of {name!r} do not answer the prompt.")
+  return prompt, text
 
 
 def _is_margin(x: Any) -> bool:

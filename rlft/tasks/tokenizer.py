@@ -15,11 +15,14 @@ UNKNOWN = "<unk>"
 _PATTERN = r" ?#### ?|, ?|[0-9]| ?[A-Za-z]+|[^\sA-Za-z0-9]|\s"
 
 
-def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+  words: Iterable[str], prompt_end: str = ""
+) -> PreTrainedTokenizerFast:
   """Builds a tokenizer that reads texts made of these words, and numbers.
 
   Args:
     words: the words and punctuation marks of the task.
+    prompt_end: what its prompts end with; stored with it, see `text.reader`.
 
   Returns:
     A `transformers` tokenizer. Digits are tokens of their own; decoding gives the text
@@ -44,5 +47,6 @@ def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     tokenizer_object=core,
     eos_token=EOS,
     unk_token=UNKNOWN,
+    **({"prompt_end": prompt_end} if prompt_end else {}),
     clean_up_tokenization_spaces=False,
   )

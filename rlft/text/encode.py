@@ -29,7 +29,8 @@ def encode_prompts(
 
   Args:
     tokenizer: a `transformers` tokenizer. What it puts before a text (BOS) stands there
-      once, also where the text brings it; what it puts behind one is left out.
+      once, also where the text brings it; what it puts behind one is left out. A
+      "prompt_end" in its configuration ends every text.
     prompts: texts, or lists of messages, which are always rendered by the chat
       template.
     chat: whether to put each text into the tokenizer's chat template as the user's
@@ -49,7 +50,7 @@ def encode_prompts(
   prompts = [_checked(p, f"prompt {i}") for i, p in enumerate(prompts)]
   own = reader(tokenizer)
   is_chat = [chat or not isinstance(p, str) for p in prompts]
-  texts = iter(own.ids([p for p, c in zip(prompts, is_chat) if not c]))
+  texts = iter(own.ids([own.ended(p) for p, c in zip(prompts, is_chat) if not c]))
   chats = [_turns(p) for p, c in zip(prompts, is_chat) if c]
   opened = iter(render(tokenizer, chats, True) if chats else ())
   return [
@@ -94,8 +95,9 @@ def encode_completions(
       (chats if chat or not isinstance(prompt, str) else texts).append(i)
   ends, own_end = _ends(tokenizer, eos_ids), _own_end(tokenizer, eos_ids)
   parts = [_without_end(_said(rows[i][1]), ends) for i in texts]
-  before = own.ids([rows[i][0] for i in texts])
-  whole = own.ids([rows[i][0] + text for i, (text, _) in zip(texts, parts)])
+  heads = [own.ended(rows[i][0]) for i in texts]
+  before = own.ids(heads)
+  whole = own.ids([head + text for head, (text, _) in zip(heads, parts)])
   for i, (text, end), head, ids in zip(texts, parts, before, whole):
     # A text may be split otherwise where it goes on than where it begins.
     ids = ids[len(head) :] if ids[: len(head)] == head else own.inside(text)
@@ -263,8 +265,9 @@ def _replies(
   again = []
   for i, (reply, seen) in enumerate(zip(replies, whole)):
     _, at, cut = _reply_at(seen, _said(reply), ends)
-    mark = seen.text[at:cut].strip()
-    text, _ = _without_end(_said(reply), {**ends, mark: -1})
+    mark = seen.text[at:cut].rstrip()
+    marks = {mark: -1, mark.lstrip(): -1, **ends}
+    text, _ = _without_end(_said(reply), marks)
     if text != _said(reply):
       replies[i] = {**reply, "content": text}
       again.append(i)

@@ -39,6 +39,8 @@ class Reader:
     special: id of each special token's text.
     begin: the ids that it puts before a text, such as BOS. What it puts behind one is
       not for prompts, which are to be continued.
+    prompt_end: what every plain prompt of its model ends with, a line end say; stored
+      as "prompt_end" in tokenizer_config.json.
   """
 
   def __init__(self, tokenizer: Any):
@@ -55,6 +57,7 @@ class Reader:
       int(whole[:1] == [tokenizer.bos_token_id]),
     )
     self.begin = whole[:at]
+    self.prompt_end = str(tokenizer.init_kwargs.get("prompt_end", ""))
     self._named: set[str] = set()
 
   @property
@@ -90,6 +93,10 @@ class Reader:
         ", ".join(map(repr, sorted(words)[:_NAMED])),
         self.tokenizer.unk_token,
       )
+
+  def ended(self, text: str) -> str:
+    """A prompt with `prompt_end`."""
+    return text if text.endswith(self.prompt_end) else text + self.prompt_end
 
   def begun(self, ids: Sequence[int]) -> list[int]:
     """The ids of a text with `begin` before them, unless the text brought it."""

@@ -175,7 +175,7 @@ def encode_outcomes(
   """
   encoded = encode_rows(
     model.tokenizer,
-    model.eos_ids[0],
+    model.eos_ids,
     [(row.prompt, row.tokens) for row in outcomes],
     max_length=1 << 30,
     chat=chat,

@@ -18,7 +18,7 @@ from rlft.core.errors import DataError
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel
 from rlft.models.tokens import check_ids
-from rlft.tasks.preferences import Preference
+from rlft.tasks.preferences import Preference, without_prompts
 from rlft.training.data import TokenRow, encode_rows, grouped, place
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class TokenPair:
 
 def encode_pairs(
   tokenizer: Any,
-  eos_id: int,
+  eos_ids: int | Sequence[int],
   preferences: Sequence[Preference],
   *,
   max_length: int,
@@ -79,15 +79,15 @@ def encode_pairs(
 
   Args:
     tokenizer: a `transformers` tokenizer.
-    eos_id: ends completions.
-    preferences: the pairs.
+    eos_ids: end completions in sampling.
+    preferences: the pairs; a prompt that both sides repeat is taken off them.
     max_length: tokens of a side, prompt and EOS included.
     chat: see `training.data.encode_prompts`.
 
   Raises:
     DataError: there are no pairs, a pair has equal or blank sides, or none can be used.
   """
-  preferences = list(preferences)
+  preferences = without_prompts(list(preferences))
   if not preferences:
     raise DataError("no preferences")
   for one in preferences:
@@ -100,7 +100,7 @@ def encode_pairs(
       )
   texts = [(one.prompt, one.chosen) for one in preferences]
   texts += [(one.prompt, one.rejected) for one in preferences]
-  rows = encode_rows(tokenizer, eos_id, texts, max_length=_ENDLESS, chat=chat)
+  rows = encode_rows(tokenizer, eos_ids, texts, max_length=_ENDLESS, chat=chat)
   out, same = [], 0
   for i, one in enumerate(preferences):
     chosen, rejected = rows[i], rows[i + len(preferences)]

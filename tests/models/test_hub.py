@@ -298,9 +298,9 @@ BAD = {
     "the tokenizer cannot be read",
   ),
   "tokenizer's remote code": (_auto_map, "tokenizer_config.json has an 'auto_map'"),
-  "eos beyond the vocabulary": (
-    lambda p: _edit_config(p, eos_token_id=[2, 72]),
-    "eos_token_id=72 is not a token",
+  "eos that is no id": (
+    lambda p: _edit_config(p, eos_token_id=[2, "</s>"]),
+    "eos_token_id='</s>' is no token id",
   ),
 }
 
@@ -644,11 +644,14 @@ def test_tokenizer_and_generation_settings_come_along(folder, tmp_path):
     '{"eos_token_id": [2, 5], "temperature": 0.6}'
   )
   policy = hub.load(folder)
-  assert policy.eos_ids == (2, 5)
+  _edit_config(folder, eos_token_id=[7, 72, -1])
+  policy = hub.load(folder)
+  # Whatever says that it ends a text does; what cannot be sampled ends nothing.
+  assert policy.eos_ids == (2, 5, 7, 0)
   hub.save(policy, tmp_path / "out")
   again = hub.load(tmp_path / "out")
-  assert again.eos_ids == (2, 5)
-  assert again.generation_config == policy.generation_config
+  assert again.eos_ids == (2, 5, 7, 0)
+  assert again.generation_config == {"eos_token_id": [2, 5, 7, 0], "temperature": 0.6}
   ids = again.tokenizer("w3 w7").input_ids
   assert ids == policy.tokenizer("w3 w7").input_ids == [3, 7]
   assert again.hf_config == policy.hf_config

@@ -275,6 +275,32 @@ def test_every_tokenisation_gives_the_same_text(gpt2, seed, stops):
   assert decode_completion(gpt2, ids, stops) == cut(TEXT, stops)
 
 
+@pytest.mark.parametrize(
+  ("stop", "text", "rest", "kept"),
+  [
+    ("<|endoftext|>", "the@ end", "", "the"),
+    ("<|endoftext|>\n", "the@\nend", "", "the"),
+    ("the<|endoftext|>", "in the@ end", "", "in "),
+    ("a<|endoftext|>b", "xa@b", "y", "x"),
+    ("a<|endoftext|>b", "xa@c", None, "xac"),
+    ("<|endoftext|>\n", "the@ end@\n", "@", "the end"),
+    ("ab", "xa@b", "", "x"),  # no stop names it: it is no text
+  ],
+)
+def test_a_stop_string_may_hold_a_special_token(gpt2, stop, text, rest, kept):
+  """`text` completes the stop, whatever the `rest`; None: nothing does."""
+  ids = []
+  for char in text + (rest or ""):
+    own = gpt2.encode(char, add_special_tokens=False)
+    ids += [gpt2.eos_token_id] if char == "@" else own
+  table = compile_stops([stop, "zzz"], gpt2, 500)
+  states = [0]
+  for token in ids:
+    states.append(int(table.next_state[states[-1], token]))
+  assert (states[-1] == table.terminal) == (rest is not None)
+  assert decode_completion(gpt2, ids, [stop, "zzz"]) == kept
+
+
 def test_stops_in_one_bucket_have_one_shape(gpt2):
   shapes = {
     compile_stops(stops, gpt2, 500).next_state.shape

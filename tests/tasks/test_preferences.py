@@ -46,6 +46,84 @@ def test_formats(tmp_path, format):
     load(tmp_path, split="test")
 
 
+USER, SYSTEM = (
+  {"role": role, "content": f"a {role} text"} for role in ("user", "system")
+)
+
+
+def says(text):
+  return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+  ("row", "prompt"),
+  [
+    ({"prompt": [USER], "chosen": "c", "rejected": "r"}, [USER]),
+    ({"prompt": [USER], "chosen": [says("c")], "rejected": [says("r")]}, [USER]),
+    (
+      {
+        "prompt": USER["content"],
+        "chosen": [USER, says("c")],
+        "rejected": [USER, says("r")],
+      },
+      [USER],
+    ),
+    (
+      {
+        "prompt": [SYSTEM, USER],
+        "chosen": [SYSTEM, USER, says("c")],
+        "rejected": [SYSTEM, USER, says("r")],
+      },
+      [SYSTEM, USER],
+    ),
+    (
+      {
+        "chosen": [SYSTEM, USER, says("x"), USER, says("c")],
+        "rejected": [SYSTEM, USER, says("x"), USER, says("r")],
+      },
+      [SYSTEM, USER, says("x"), USER],
+    ),
+  ],
+)
+def test_messages(tmp_path, row, prompt):
+  assert load(write(tmp_path, row)) == [Preference(0, prompt, "c", "r")]
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ({"chosen": [USER, says("c")], "rejected": [SYSTEM, says("r")]}, "differ before"),
+    ({"chosen": [USER, says("c")], "rejected": [USER]}, "an assistant's at the end"),
+    (
+      {"prompt": [SYSTEM], "chosen": [USER, says("c")], "rejected": [says("r")]},
+      "'chosen' do not answer the prompt",
+    ),
+    ({"chosen": [USER, says(" ")], "rejected": [USER, says("r")]}, "is blank"),
+  ],
+)
+def test_messages_that_are_no_preference(tmp_path, row, message):
+  with pytest.raises(DataError, match=f"line 1: .*{message}"):
+    load(write(tmp_path, row))
+
+
+def test_sides_that_repeat_the_prompt(tmp_path, caplog):
+  pair = lambda p, c, r: {"prompt": p, "chosen": c, "rejected": r}
+  again = pair("Q: 2+2?\nA:", "Q: 2+2?\nA: 4", "Q: 2+2?\nA: 5")
+  hello = pair("Hi", "Hi! What is it?", "Hi, you.")
+  sides = lambda *rows: [(x.chosen, x.rejected) for x in load(write(tmp_path, *rows))]
+  assert sides(again) == [(" 4", " 5")]
+  assert "1 of 1 preferences repeat their prompt" in caplog.text
+  greeting = (hello["chosen"], hello["rejected"])
+  assert sides(again, hello, GOOD["pairs"][0])[:2] == [(" 4", " 5"), greeting]
+  one_side = pair("Q: 2+2?\nA:", "Q: 2+2?\nA: 4", "5")
+  assert sides(one_side) == [(one_side["chosen"], "5")]
+
+
+def test_half_a_character_is_replaced(tmp_path):
+  row = '{"prompt": "p\\ud83d", "chosen": "c \\ud83d\\ude42", "rejected": "r"}'
+  assert load(write(tmp_path, row)) == [Preference(0, "p\ufffd", "c 🙂", "r")]
+
+
 def test_the_other_side_wins(tmp_path):
   alpaca, asset = GOOD["alpaca_eval"][0], GOOD["asset"][0]
   assert load(write(tmp_path, alpaca | {"preference": 1}))[0].chosen == "x"
