@@ -251,7 +251,7 @@ def test_saved_and_loaded(scalar, tmp_path):
 def test_damaged_directories(scalar, tmp_path):
   path = tmp_path / "reward"
   save_scalar(scalar, path)
-  with pytest.raises(CheckpointError, match="there is no model at .*nowhere"):
+  with pytest.raises(CheckpointError, match=r"there is no model at .*nowhere"):
     load_scalar(tmp_path / "nowhere")
   about = (path / "value_head.json").read_text()
   for change in ({"std": 0.0}, {"kind": "judge"}, {"mean": None}):
