@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from rlft.core import mesh as meshes
 from rlft.core.errors import CheckpointError, ConfigError
-from rlft.models import families, weights
+from rlft.models import families, peft, tensorfile, weights
 from rlft.models.decoder import Decoder, DecoderConfig
 
 if TYPE_CHECKING:
@@ -158,26 +158,49 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Opened:
 
     hf, generation = gguf.read_config(path), gguf.read_ends(path)
     return Opened(path, hf, generation, weights.GGUFFile(path))
-  _refuse_adapter(path)
+  if (path / peft.CONFIG).is_file():
+    return _open_adapter(path)
   hf = _json(path / "config.json")
   families.resolve(families.trunk_of_classifier(hf) or hf)  # before errors about files
   generation = _json(path / "generation_config.json", optional=True)
   return Opened(path, hf, generation, weights.Directory(path))
 
 
-def _refuse_adapter(path: pathlib.Path) -> None:
-  """Says what a directory of PEFT is: it holds no model, but changes of one."""
-  file = path / "adapter_config.json"
-  if not file.is_file() or (path / weights.SINGLE).is_file():
-    return
-  about = _json(file)
-  kind = "DoRA" if about.get("use_dora") else about.get("peft_type")
-  raise CheckpointError(
-    f"{path} is a {kind} adapter of PEFT for {about.get('base_model_name_or_path')!r}, "
-    "not a whole model. Merge it where torch and peft are installed: python -c "
-    '"from peft import AutoPeftModelForCausalLM as M; '
-    f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
+def _open_adapter(path: pathlib.Path) -> Opened:
+  """A PEFT adapter on its base, which its config names by a path or a hub id."""
+  about = _json(path / peft.CONFIG)
+  if not (path / peft.FILE).is_file():
+    raise CheckpointError(
+      f"{path} has {peft.CONFIG}, but no {peft.FILE}: save it again"
+    )
+  if (path / weights.SINGLE).is_file() or (path / weights.INDEX).is_file():
+    raise CheckpointError(
+      f"{path} holds a whole model and an adapter ({peft.CONFIG}); remove one of them"
+    )
+  name = about.get("base_model_name_or_path")
+  if not isinstance(name, str) or not name:
+    raise CheckpointError(f"{path / peft.CONFIG} names no base model: {name!r:.80}")
+  beside = path / name
+  here = expand(name).exists() or not beside.exists()
+  try:
+    at = locate(name if here else beside)
+  except CheckpointError as error:
+    raise CheckpointError(f"{path} is an adapter, and its base: {error}") from error
+  if (at / peft.CONFIG).is_file() or at.is_file():
+    raise CheckpointError(f"{path} is an adapter of {at}, which must be a whole model")
+  base = open_model(at)
+  family = families.resolve(families.trunk_of_classifier(base.hf) or base.hf)
+  file = tensorfile.TensorFile(path / peft.FILE)
+  tied = family.from_hf(base.hf).tie_embeddings
+  source = peft.Adapted(base.source, family, tied, about, file)
+  embedding = weights.name_of(family, "embedding")
+  hf = (
+    base.hf | {"vocab_size": source.shape(embedding)[0]}
+    if (embedding in source.names())
+    else base.hf
   )
+  has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+  return Opened(path if has_tokenizer else at, hf, base.generation, source)
 
 
 def read_policy(

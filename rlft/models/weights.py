@@ -302,12 +302,30 @@ def _names(
   A source may lack the prefix, and may keep a tied matrix under the head's name alone.
   """
   head, embedding = name_of(family, "head"), name_of(family, "embedding")
-  names = {name: name for name in source.names() if name not in beside}
-  if not any(name.startswith(family.prefix) for name in names):
-    names = {n if n == head else family.prefix + n: n for n in names}
+  names = {k: v for k, v in names_in(source, family).items() if k not in beside}
   if config.tie_embeddings and head in names and embedding not in names:
     names[embedding] = names.pop(head)
   return names
+
+
+def names_in(source: Source, family: Family) -> dict[str, str]:
+  """A tensor's name with the family's prefix -> the source's, which may lack it."""
+  names, outside = (
+    source.names(),
+    {name_of(family, "head"), "score.weight", "score.bias"},
+  )
+  if any(name.startswith(family.prefix) for name in names):
+    return {name: name for name in names}
+  return {n if n in outside else family.prefix + n: n for n in names}
+
+
+def check_dtype(dtype: str, name: str, where: Any) -> None:
+  """Raises where a tensor is no float."""
+  if dtype not in tensorfile.DTYPES:
+    raise CheckpointError(
+      f"{where}: {name!r} has the dtype {dtype}; supported: "
+      f"{', '.join(tensorfile.DTYPES)}"
+    )
 
 
 def name_of(family: Family, path: str) -> str:
