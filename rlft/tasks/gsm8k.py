@@ -43,8 +43,9 @@ def load(
   answer a final `#### number`.
 
   Args:
-    source: a jsonl file, several of them, a directory with `<split>.jsonl`, or the
-      name of a data set for `datasets.load_dataset(name, "main")`, `openai/gsm8k`.
+    source: a file (see `jsonl`), several of them, a directory with `<split>.jsonl` or
+      another kind of it, or the name of a data set for
+      `datasets.load_dataset(name, "main")`, `openai/gsm8k`.
     split: which split of a directory or of a named data set.
     limit: keep the first `limit` good rows and read no further.
     on_bad: "raise" at the first bad row, or "skip" it, count it and log the count.
@@ -183,10 +184,10 @@ def _rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
   if not isinstance(source, (str, os.PathLike)):
     for path in source:
       yield from jsonl.rows(Path(path))
-  elif Path(source).is_dir():
-    yield from jsonl.rows(Path(source) / f"{split}.jsonl")
-  elif Path(source).exists() or Path(source).suffix in (".jsonl", ".json"):
-    yield from jsonl.rows(Path(source))
+  elif (path := Path(source).expanduser()).is_dir():
+    yield from jsonl.rows(jsonl.of_split(path, split))
+  elif path.exists() or path.name.endswith(jsonl.SUFFIXES):
+    yield from jsonl.rows(path)
   elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
     yield from _named_rows(str(source), split)
   else:

@@ -72,7 +72,7 @@ def load(
   they repeat of the prompt is taken off, and of texts see `without_prompts`.
 
   Args:
-    path: a jsonl file, or a directory with `<split>.jsonl`.
+    path: a file (see `jsonl`), or a directory with `<split>.jsonl` or another kind.
     format: "auto" takes that of the first row, or one of those above.
     split: of a directory.
     on_bad: "raise" at the first bad row, or "skip" it, count it and log the count.
@@ -96,9 +96,9 @@ def load(
     raise ConfigError(f"max_bad_fraction={max_bad_fraction}: from 0 to 1")
   if template.count("{}") != 1:
     raise ConfigError(f"template={template!r}: it must hold {{}} once")
-  path = Path(path)
+  path = Path(path).expanduser()
   if path.is_dir():
-    path /= f"{split}.jsonl"
+    path = jsonl.of_split(path, split)
   found: list[Preference] = []
   bad: list[str] = []
   ties = 0

@@ -172,7 +172,6 @@ def test_bad_rows_are_named_or_counted(tmp_path, caplog, format, change, message
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("", "the line is empty"),
     ("{", "not JSON"),
     ("[1]", "the row is a list"),
     ("{}", "the row has nothing: the fields of no known format"),
