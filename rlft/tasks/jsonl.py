@@ -27,7 +27,8 @@ _NAMED = {
   b"\xfd7zXZ": "compressed by xz",
   b"BZh": "compressed by bzip2",
   b"ARROW1": "an Arrow file: give the data set to the library, or write it as jsonl",
-  b"\x00asm": "a program",
+  _GZIP: "gzip within gzip",
+  b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
 }
 
 
@@ -101,7 +102,7 @@ def _json(path: Path, file: BinaryIO) -> Iterator[tuple[str, Any]]:
 def _is_rows(array: list) -> bool:
   """Whether an array holds rows, and is not the one row of its file: messages, say."""
   return not array or (
-    any(isinstance(row, dict | str) for row in array)
+    any(isinstance(row, dict | list | str) for row in array)
     and not any(isinstance(row, dict) and "role" in row for row in array)
   )
 

@@ -17,7 +17,7 @@ _OWN = ("id", "prompt", "answer", "solution")
 _TAKEN = ("prompts", "completions", "completion_ids", "finished")
 _FORMS = (
   "give a list of texts, of lists of messages, of dicts with a 'prompt' or of "
-  "Examples, a datasets.Dataset, or the path of a .jsonl file"
+  "Examples, a datasets.Dataset, or the path of a file of rows"
 )
 
 
@@ -28,7 +28,7 @@ def as_examples(prompts: Prompts) -> list[Example]:
     prompts: `Example`s; texts; lists of messages (a system prompt, several turns);
       dicts or a `datasets.Dataset` with a column "prompt" (a text or messages), and
       "id", "answer", "solution" and any other column where they like; or the path of a
-      file of one such row a line.
+      file of such rows (`rlft.tasks.jsonl`).
 
   Returns:
     `Example`s. Their ids are those of the rows where all are integers from 0 to

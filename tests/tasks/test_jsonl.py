@@ -58,6 +58,11 @@ def test_lines_that_are_arrays_are_values_of_lines(tmp_path):
   path = tmp_path / "x.jsonl"
   path.write_text("[1]\n[2]\n")
   assert read(path) == [[1], [2]]
+  talk = [{"role": "user", "content": "hi"}]
+  path.write_text(f"{json.dumps(talk)}\n\n")  # one row of messages
+  assert read(path) == [talk]
+  path.write_text(json.dumps([talk, talk]))
+  assert read(path) == [talk, talk]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +71,10 @@ def test_lines_that_are_arrays_are_values_of_lines(tmp_path):
     (b"PK\x03\x04rest", "is a zip archive"),
     (b"\x28\xb5\x2f\xfdrest", "compressed by zstd"),
     (b"BZh9rest", "compressed by bzip2"),
+    (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "pointer of Git LFS"),
+    (gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "gzip within gzip"),
     (b"PAR1rest", "no whole parquet file"),
-    (gzip.compress(LINE.encode() * 99)[:-20], "rows: .*"),
+    (gzip.compress(LINE.encode() * 99, mtime=0)[:-20], "rows: .*"),
     (b"\x1f\x8bnothing", "rows: .*"),
   ],
 )
