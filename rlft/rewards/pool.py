@@ -7,7 +7,9 @@ rows are then judged one by one: a bad row masks itself.
 
 Children are fresh interpreters that import the functions by name. The script that is
 running is not imported again, so it needs no `if __name__ == "__main__"`; nothing is
-forked, and nothing is pickled.
+forked, and nothing is pickled. Each works in an empty directory of its own, which is
+gone with it, and what it prints is shown up to a bound: a function that reads a file
+names it by its whole path.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import math
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -32,6 +36,8 @@ from typing import Any
 from rlft.core.errors import ConfigError, RewardError
 from rlft.rewards import worker
 
+MOST_SHOWN = 2**16  # bytes that the processes of a pool may print
+_TAIL = 2000  # bytes of it that a crash is reported with
 _SLICE = 0.1  # seconds between two looks at a busy child
 _START_TRIES = 3
 _BOOT = (
@@ -116,15 +122,41 @@ Outcome = float | None | Failure
 class _Lost(Exception):
   """A child that did not answer, and is of no more use."""
 
-  def __init__(self, kind: str, message: str):
+  def __init__(self, kind: str, message: str, printed: str = ""):
     super().__init__(message)
-    self.kind = kind
+    self.kind, self.printed = kind, printed
+
+
+class _Output:
+  """What the functions of a pool print: shown up to a bound, then thrown away."""
+
+  def __init__(self):
+    self._lock, self._left = threading.Lock(), MOST_SHOWN
+
+  def show(self, part: bytes) -> None:
+    with self._lock:
+      if not self._left:
+        return
+      shown = part[: self._left]
+      self._left -= len(shown)
+      end = (
+        "" if self._left else "\n[reward functions print more, which is not shown]\n"
+      )
+      with contextlib.suppress(OSError, ValueError):  # nobody reads them
+        sys.stderr.write(shown.decode("utf-8", "replace") + end)
+        sys.stderr.flush()
 
 
 class _Child:
   """One process, from its start to its end; used by one thread."""
 
-  def __init__(self, setup: bytes, config: PoolConfig, over: Callable[[], bool]):
+  def __init__(
+    self,
+    setup: bytes,
+    config: PoolConfig,
+    over: Callable[[], bool],
+    output: _Output,
+  ):
     env = {
       key: value
       for key, value in os.environ.items()
@@ -132,16 +164,23 @@ class _Child:
     }
     env["JAX_PLATFORMS"] = "cpu"  # should a function import jax: the chips are taken
     path = json.dumps([os.path.abspath(entry) for entry in sys.path])
+    self.folder = tempfile.mkdtemp(prefix="rlft-reward-")
+    env["TMPDIR"] = self.folder
     # A session of its own: Ctrl-C is the parent's to handle, and what the function
     # starts can be killed with it.
     self.process = subprocess.Popen(
       [sys.executable, "-c", _BOOT, path],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
       env=env,
+      cwd=self.folder,
       bufsize=0,
       start_new_session=True,
     )
+    self._printed = b""
+    self._listener = threading.Thread(target=self._listen, args=(output,), daemon=True)
+    self._listener.start()
     self.calls = 0
     self.config = config
     for pipe in (self.process.stdin, self.process.stdout):
@@ -154,6 +193,13 @@ class _Child:
     except BaseException:
       self.kill()
       raise
+
+  def _listen(self, output: _Output) -> None:
+    """Reads what the process prints until the last of it has hung up."""
+    with self.process.stderr as pipe:
+      while part := os.read(pipe.fileno(), 1 << 16):
+        self._printed = (self._printed + part)[-_TAIL:]
+        output.show(part)
 
   def ask(self, request: bytes, end: float, over: Callable[[], bool]) -> dict[str, Any]:
     """The child's answer.
@@ -214,7 +260,9 @@ class _Child:
     cause = f"exit code {code}"
     if code < 0:
       cause = signal.Signals(-code).name if -code in set(signal.Signals) else cause
-    return _Lost("crash", f"ended its process ({cause})")
+    self._listener.join(1.0)
+    printed = self._printed.decode("utf-8", "replace")
+    return _Lost("crash", f"ended its process ({cause})", printed)
 
   def rss_mb(self) -> float:
     """Resident MiB; 0 where the system does not say. Its children are not counted."""
@@ -249,6 +297,8 @@ class _Child:
     self.process.wait()
     for pipe in (self.process.stdin, self.process.stdout):
       pipe.close()
+    self._listener.join(1.0)  # of what escaped the group nobody waits for the end
+    shutil.rmtree(self.folder, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ judging
@@ -342,6 +392,7 @@ class _Board:
     self.closed = False
     self.trouble = ""
     self.started = 0  # processes, replaced ones as well
+    self.output = _Output()
     self.threads: list[threading.Thread] = []
 
   def close(self, trouble: str = "") -> None:
@@ -360,7 +411,7 @@ class _Board:
     """A process that is ready; None when the pool is closed."""
     for left in reversed(range(_START_TRIES)):
       try:
-        child = _Child(self.setup, self.config, lambda: self.closed)
+        child = _Child(self.setup, self.config, lambda: self.closed, self.output)
       except (_Lost, OSError) as error:
         if self.closed:
           return None
@@ -406,7 +457,7 @@ def _do(board: _Board, job: _Job, child: _Child) -> _Child | None:
   except _Lost as lost:
     child.kill()
     child = None
-    answer = {"kind": lost.kind, "message": str(lost), "traceback": ""}
+    answer = {"kind": lost.kind, "message": str(lost), "traceback": lost.printed}
   outcomes = read_answer(answer, rows)
   again = rows > 1 and isinstance(outcomes[0], Failure) and retry(outcomes[0])
   if again and time.monotonic() < judging.end:

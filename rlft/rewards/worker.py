@@ -275,7 +275,7 @@ def main() -> None:
   os.dup2(nothing, 0)
   os.close(nothing)
   os.dup2(2, 1)
-  own = os.getpid()
+  own, home = os.getpid(), os.getcwd()
   setup = _read(incoming)
   if setup is None:
     return
@@ -285,6 +285,8 @@ def main() -> None:
     return _write(outgoing, raised(error))
   _write(outgoing, {"ready": own})
   while (request := _read(incoming)) is not None:
+    os.makedirs(home, exist_ok=True)  # the call before may have removed it
+    os.chdir(home)
     try:
       answer = call(functions[request["function"]], request["columns"])
     except BaseException as error:  # sys.exit() in a reward is a failure as well

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,3 +102,24 @@ def forks(*, completions, **columns):
     return [-1.0] * len(completions)
   os.wait()
   return [1.0] * len(completions)
+
+
+def chatty(*, completions, **columns):
+  """Prints 20 MB."""
+  for _ in range(20):
+    print("x" * 999_999)
+  return [1.0] * len(completions)
+
+
+def last_words(*, completions, **columns):
+  print("about to end", flush=True)
+  os._exit(3)
+
+
+def removes_its_directory(*, completions, **columns):
+  """What stood there, which it removes with the directory."""
+  found = len(os.listdir())
+  with open("left", "w") as file:
+    file.write("x")
+  shutil.rmtree(os.getcwd())
+  return [float(found)] * len(completions)

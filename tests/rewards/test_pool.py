@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -20,7 +21,7 @@ import pytest
 from rlft.core.errors import ConfigError, RewardError
 from rlft.core.types import Example
 from rlft.rewards.contract import RewardConfig, RewardFunction, compose
-from rlft.rewards.pool import Failure, PoolConfig, RewardPool
+from rlft.rewards.pool import MOST_SHOWN, Failure, PoolConfig, RewardPool
 from rlft.rewards.worker import describe, resolve
 
 EXAMPLES = [Example(7, "p7", "s7", "1"), Example(9, "p9", "s9", "2")]
@@ -251,6 +252,35 @@ def test_nothing_is_left_behind(samples):
   with pytest.raises(RewardError, match="closed"):
     judge(pool, ["a"])
   pool.close()  # twice is fine
+
+
+def test_what_functions_print_is_shown_up_to_a_bound(samples, capsys):
+  with RewardPool([samples.chatty], PoolConfig(workers=2, chunk_rows=1)) as pool:
+    assert judge(pool, ["a", "b"]) == [[1.0, 1.0]]
+  shown = capsys.readouterr().err
+  assert MOST_SHOWN <= len(shown) < MOST_SHOWN + 100
+  assert shown.count("print more, which is not shown") == 1
+
+
+def test_a_crash_is_reported_with_what_was_printed(samples):
+  with RewardPool([samples.last_words], QUICK) as pool:
+    ((failure,),) = judge(pool, ["a"])
+  assert failure.kind == "crash" and "about to end" in failure.traceback
+
+
+def test_a_function_can_only_remove_a_directory_of_its_own(
+  samples, tmp_path, monkeypatch
+):
+  """Each call begins in one that is there; none is left."""
+  (tmp_path / "mine").touch()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+  (tmp_path / "temporary").mkdir()
+  with RewardPool([samples.removes_its_directory], PoolConfig(workers=1)) as pool:
+    for _ in range(2):
+      assert judge(pool, ["a"]) == [[0.0]]
+  assert (tmp_path / "mine").exists()
+  assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_closing_does_not_wait_for_a_hang(samples):
