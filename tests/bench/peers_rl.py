@@ -132,11 +132,16 @@ def _rlft(method, shape, turn):
     "micro_batches": MICRO_BATCHES,
   }
   if method == "grpo":
-    run, config = grpo.run, grpo.preset("dr_grpo", **settings)
+    run = grpo.run
+    config = grpo.preset("dr_grpo", mask_truncated=False, **settings)
   else:
     run = ppo.run
     config = ppo.PPOConfig(
-      epochs=1, minibatches=1, value_optimizer=optimizer, **settings
+      epochs=1,
+      minibatches=1,
+      truncated="score",
+      value_optimizer=optimizer,
+      **settings,
     )
   texts = _prompts(shape, "w{}".format)
   examples = [Example(i, text, "", "") for i, text in enumerate(texts)]

@@ -6,11 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
-from rlft.cli import bench
+from rlft.cli import bench, bench_rl
 from rlft.cli.main import main
-from rlft.models.decoder import Decoder, DecoderConfig
+from rlft.models.decoder import Decoder, DecoderConfig, init_params
+from rlft.models.hub import Policy
 
 TINY = DecoderConfig(
   vocab_size=40,
@@ -86,6 +88,18 @@ def test_train(capsys, tmp_path):
   flops = 3 * 32 * (2 * weights + 4 * 2 * 16 * 4)
   assert result["gflops_per_second"] == pytest.approx(flops / median / 1e9)
   assert "compilation" in out
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_an_iteration_trains_though_no_row_ends(kind):
+  model = Decoder(TINY)
+  policy = Policy(model, init_params(model, jax.random.key(0)), None, TINY)
+  sizes = {"rows": 4, "samples": 2, "prompt": 4, "new": 4, "micro_batches": 1}
+  args = argparse.Namespace(repeats=1, dtype="float32", remat="none")
+  found = bench_rl.iterations(policy, kind, sizes, args)
+  assert len(found) == 2
+  for one in found:
+    assert one["update/skipped"] == 0 and any("grad_norm" in name for name in one)
 
 
 @pytest.mark.parametrize(
