@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  workdir = args.workdir
+  workdir = args.workdir.expanduser()
   if not workdir.is_dir():
     raise ConfigError(f"{workdir} is no directory: give that of a run")
   settings, rows = configs.read_resolved(workdir), metrics.read(workdir)

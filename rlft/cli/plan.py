@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
       raise ConfigError(f"--{name}={getattr(args, name)}: at least 1")
   settings = _settings(args)
   target = compiling.target(args.topology, args.slices)
-  cache = Path(args.cache) if args.cache else None
-  hlo = Path(args.hlo) if args.hlo else None
+  cache = Path(args.cache).expanduser() if args.cache else None
+  hlo = Path(args.hlo).expanduser() if args.hlo else None
   if args.search:
     found = searching.search(
       settings, target, args.prompt_tokens, args.compile, cache, reports.on_program

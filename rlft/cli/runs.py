@@ -284,6 +284,7 @@ def write_json(path: Path, value: Any) -> Path:
       return None
     return x
 
+  path = path.expanduser()  # behind a "=" no shell does it
   if not hosts.first():
     return path
   path.parent.mkdir(parents=True, exist_ok=True)

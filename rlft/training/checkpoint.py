@@ -126,7 +126,7 @@ class Checkpointer:
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
-    self._workdir = Path(workdir).absolute()
+    self._workdir = Path(workdir).expanduser().absolute()
     self._root = self._workdir / DIRECTORY
     self._keep_last, self._keep_every = keep_last, keep_every
     self._keep_best, self._max_failures = keep_best, max_failures

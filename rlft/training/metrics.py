@@ -54,8 +54,9 @@ class MetricWriter:
       tensorboard: whether to write event files under `workdir`/tensorboard as well.
       clock: seconds since the epoch.
     """
+    workdir = Path(workdir).expanduser()
     own = hosts.first()  # of several processes one writes
-    self._path = Path(workdir) / RECORD if own else Path(os.devnull)
+    self._path = workdir / RECORD if own else Path(os.devnull)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._file = self._path.open("ab+", buffering=0)
     _drop_torn_line(self._file)
@@ -156,7 +157,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       name: _NONFINITE.get(value, value) if isinstance(value, str) else value
       for name, value in line.items()
     }
-    for line in read_lines(Path(workdir) / RECORD)
+    for line in read_lines(Path(workdir).expanduser() / RECORD)
   ]
 
 

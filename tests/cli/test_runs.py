@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from pathlib import Path
 from unittest import mock
 
 import jax
 import pytest
 
-from rlft.cli import fields, runs
+from rlft.cli import fields, main, runs
 from rlft.cli.runs import MeshConfig
 from rlft.core.errors import ConfigError
 from rlft.models import hub
 from rlft.models.decoder import DecoderConfig
 from rlft.probes.evaluate import EvalConfig
 from rlft.tasks import arithmetic
+from rlft.training import metrics
+from rlft.training.checkpoint import Checkpointer
 
 GIB = 2**30
 LARGE = DecoderConfig(
@@ -85,3 +88,15 @@ def test_what_was_set_is_not_shortened(commands):
 def test_a_run_that_finds_other_devices_than_expected_ends():
   with pytest.raises(ConfigError, match=r"64 devices are expected.*there are 8"):
     runs.make_policy(runs.ModelConfig(), MeshConfig(devices=64))
+
+
+def test_what_is_written_may_be_in_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  assert runs.write_json(Path("~/x.json"), {}) == tmp_path / "x.json"
+  with metrics.MetricWriter("~/run", tensorboard=False) as writer:
+    writer.write(1, {"loss": 2.0})
+  Checkpointer("~/run")
+  assert metrics.read("~/run")[0]["loss"] == 2
+  assert main.main(["inspect", "~/run"]) == 0
+  assert {path.name for path in tmp_path.iterdir()} == {"x.json", "run"}
