@@ -26,7 +26,7 @@ from rlft.cli.sft import SFTRun
 from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards
-from rlft.models import hub
+from rlft.models import hub, peft
 from rlft.models.decoder import Decoder, DecoderConfig
 from rlft.rewards import learned
 from rlft.sampling import decode as device
@@ -105,20 +105,29 @@ def architecture(model: ModelConfig) -> DecoderConfig:
         "needs the number"
       )
     return model.decoder
-  found = _architecture_at(hub.named(model.path))
+  path = hub.named(model.path)
+  found = _architecture_at(path)
   if found is None:
+    base = _base(path)
+    of = "" if path == base else f" is an adapter, and its base {base!r}"
     raise ConfigError(
-      f"model.path={model.path!r} is no directory with a config.json here: give the "
-      "architecture as model.decoder, as configs/plan_7b_ppo.py does"
+      f"model.path={model.path!r}{of} is no directory with a config.json here: give "
+      "the architecture as model.decoder, as configs/plan_7b_ppo.py does"
     )
   return found
 
 
 def _architecture_at(path: str) -> DecoderConfig | None:
   """Of a model that lies here; nothing is downloaded for a plan."""
-  here = hub.expand(path)
+  here = hub.expand(_base(path))
   gguf = here.suffix == ".gguf" and here.is_file()
   return hub.architecture(path) if gguf or (here / "config.json").is_file() else None
+
+
+def _base(path: str) -> str:
+  """The path of the whole model, which is another one for an adapter."""
+  here = hub.expand(path)
+  return hub.named(hub.base_of(here)) if (here / peft.CONFIG).is_file() else path
 
 
 def make_plan(run: Run, mesh: Mesh, prompt: int) -> Plan:

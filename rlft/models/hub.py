@@ -167,40 +167,47 @@ def open_model(path_or_id: str | os.PathLike[str]) -> Opened:
 
 
 def _open_adapter(path: pathlib.Path) -> Opened:
-  """A PEFT adapter on its base, which its config names by a path or a hub id."""
+  """A PEFT adapter on its base."""
   about = _json(path / peft.CONFIG)
-  if not (path / peft.FILE).is_file():
-    raise CheckpointError(
-      f"{path} has {peft.CONFIG}, but no {peft.FILE}: save it again"
-    )
   if (path / weights.SINGLE).is_file() or (path / weights.INDEX).is_file():
     raise CheckpointError(
       f"{path} holds a whole model and an adapter ({peft.CONFIG}); remove one of them"
     )
-  name = about.get("base_model_name_or_path")
+  if not (path / peft.FILE).is_file():
+    raise CheckpointError(
+      f"{path} has {peft.CONFIG}, but no {peft.FILE}: save it again, with "
+      "safe_serialization=True where peft is old (rlft reads no pickles)"
+    )
+  name, revision = base_of(path), about.get("revision")
+  try:
+    at = locate(name, revision if isinstance(revision, str) else None)
+    if (at / peft.CONFIG).is_file() or at.is_file():
+      raise CheckpointError(f"{at} is no directory of a whole model")
+    base = open_model(at)
+  except CheckpointError as error:
+    raise CheckpointError(f"{path} is an adapter, and its base: {error}") from error
+  hf = base.hf
+  family = families.resolve(families.trunk_of_classifier(hf) or hf)
+  file = tensorfile.TensorFile(path / peft.FILE)
+  was_tied = family.from_hf(hf).tie_embeddings
+  source = peft.Adapted(base.source, family, was_tied, about, file)
+  if was_tied and not source.tied:
+    hf = hf | {"tie_word_embeddings": False}
+  if (embedding := weights.name_of(family, "embedding")) in source.names():
+    hf = hf | {"vocab_size": source.shape(embedding)[0]}  # tokens may have been added
+  if about.get("task_type") == "SEQ_CLS":  # on the trunk of what may be no classifier
+    hf = hf | {"architectures": [families.classifier_of(family)]}
+  has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+  return Opened(path if has_tokenizer else at, hf, base.generation, source)
+
+
+def base_of(path: pathlib.Path) -> str:
+  """What an adapter names as its base: a path, also beside the adapter, or a hub id."""
+  name = _json(path / peft.CONFIG).get("base_model_name_or_path")
   if not isinstance(name, str) or not name:
     raise CheckpointError(f"{path / peft.CONFIG} names no base model: {name!r:.80}")
   beside = path / name
-  here = expand(name).exists() or not beside.exists()
-  try:
-    at = locate(name if here else beside)
-  except CheckpointError as error:
-    raise CheckpointError(f"{path} is an adapter, and its base: {error}") from error
-  if (at / peft.CONFIG).is_file() or at.is_file():
-    raise CheckpointError(f"{path} is an adapter of {at}, which must be a whole model")
-  base = open_model(at)
-  family = families.resolve(families.trunk_of_classifier(base.hf) or base.hf)
-  file = tensorfile.TensorFile(path / peft.FILE)
-  tied = family.from_hf(base.hf).tie_embeddings
-  source = peft.Adapted(base.source, family, tied, about, file)
-  embedding = weights.name_of(family, "embedding")
-  hf = (
-    base.hf | {"vocab_size": source.shape(embedding)[0]}
-    if (embedding in source.names())
-    else base.hf
-  )
-  has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-  return Opened(path if has_tokenizer else at, hf, base.generation, source)
+  return str(beside) if beside.exists() and not expand(name).exists() else name
 
 
 def read_policy(
@@ -245,7 +252,7 @@ def named(name: str | os.PathLike[str]) -> str:
   """
   if name not in ("mini", "smollm2"):
     return os.fspath(name)
-  if pathlib.Path(name, "config.json").is_file():
+  if any(pathlib.Path(name, f).is_file() for f in ("config.json", peft.CONFIG)):
     raise ConfigError(
       f"{name!r} is a directory here, and the name of a model that comes with rlft: "
       f"write './{name}' for the directory"
@@ -264,6 +271,8 @@ def architecture(path_or_id: str | os.PathLike[str]) -> DecoderConfig:
     from rlft.models import gguf
 
     hf = gguf.read_config(path)
+  elif (path / peft.CONFIG).is_file():
+    hf = _open_adapter(path).hf
   else:
     hf = _json(path / "config.json")
   hf = families.trunk_of_classifier(hf) or hf
@@ -346,9 +355,11 @@ def expand(path: str | os.PathLike[str]) -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(path))
 
 
-def locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
+def locate(
+  path_or_id: str | os.PathLike[str], revision: str | None = None
+) -> pathlib.Path:
   """The directory or GGUF file of a model, fetched from the hub where it is an id; see
-  `named` for its other names."""
+  `named` for its other names. The revision is the hub's, main where it is None."""
   path_or_id = named(path_or_id)
   path = expand(path_or_id)
   if path.is_dir():
@@ -362,7 +373,7 @@ def locate(path_or_id: str | os.PathLike[str]) -> pathlib.Path:
     return path
   if not _HUB_ID.fullmatch(name) or name.endswith(".gguf"):
     raise CheckpointError(f"there is no model at {path.absolute()}")
-  return _download(name)
+  return _download(name, revision)
 
 
 def _snapshot(path: pathlib.Path) -> pathlib.Path:
@@ -381,15 +392,17 @@ def _snapshot(path: pathlib.Path) -> pathlib.Path:
   return found[0]
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, revision: str | None) -> pathlib.Path:
   import huggingface_hub
 
   fetch = huggingface_hub.snapshot_download
   try:
-    found = pathlib.Path(fetch(name, allow_patterns=list(_HUB_FILES)))
+    found = pathlib.Path(
+      fetch(name, revision=revision, allow_patterns=list(_HUB_FILES))
+    )
     if not (found / weights.SINGLE).is_file() and (found / weights.INDEX).is_file():
       # A snapshot is named after its commit: the shards must be of the same one.
-      commit = found.name if _COMMIT.fullmatch(found.name) else None
+      commit = found.name if _COMMIT.fullmatch(found.name) else revision
       shards = weights.files_of_index(found)
       found = pathlib.Path(fetch(name, revision=commit, allow_patterns=shards))
   except CheckpointError:

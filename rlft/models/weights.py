@@ -215,11 +215,7 @@ def read_params(
 
 def read_array(source: Source, name: str) -> np.ndarray:
   """A small tensor, in float32."""
-  if source.dtype(name) not in tensorfile.DTYPES:
-    raise CheckpointError(
-      f"{source.where(name)}: {name!r} has the dtype {source.dtype(name)}; supported: "
-      f"{', '.join(tensorfile.DTYPES)}"
-    )
+  check_dtype(source.dtype(name), name, source.where(name))
   ((_, value),) = source.chunks(name, whole=True)
   return _cast(value, np.float32)
 
@@ -310,10 +306,8 @@ def _names(
 
 def names_in(source: Source, family: Family) -> dict[str, str]:
   """A tensor's name with the family's prefix -> the source's, which may lack it."""
-  names, outside = (
-    source.names(),
-    {name_of(family, "head"), "score.weight", "score.bias"},
-  )
+  names = source.names()
+  outside = {name_of(family, "head"), "score.weight", "score.bias"}
   if any(name.startswith(family.prefix) for name in names):
     return {name: name for name in names}
   return {n if n in outside else family.prefix + n: n for n in names}
@@ -377,22 +371,25 @@ def _check(source, family, rows, names, shapes, config: DecoderConfig) -> None:
 
 
 def _check_tied(source: Source, head: str, embedding: str) -> None:
-  """A tied model may repeat its embedding as the head; then they must be equal.
-
-  In another dtype the narrower one decides: it holds the other's rounded values.
-  """
-  same = source.shape(head) == source.shape(embedding)
-  dtypes = {source.dtype(head), source.dtype(embedding)}
-  same = same and dtypes <= set(tensorfile.DTYPES)
-  if same:
-    narrow = min((tensorfile.DTYPES[name] for name in dtypes), key=lambda d: d.itemsize)
-    pairs = zip(source.chunks(head, False), source.chunks(embedding, False))
-    same = all((_cast(a, narrow) == _cast(b, narrow)).all() for (_, a), (_, b) in pairs)
-  if not same:
+  """A tied model may repeat its embedding as the head; then they must be equal."""
+  if not equal(source, head, embedding):
     raise CheckpointError(
       f"{source.where(head)}: {head!r} differs from {embedding!r}, but config.json "
       "ties them; set 'tie_word_embeddings' to false there to use both"
     )
+
+
+def equal(source: Source, a: str, b: str) -> bool:
+  """Whether two tensors hold the same numbers.
+
+  In another dtype the narrower one decides: it holds the other's rounded values.
+  """
+  dtypes = {source.dtype(a), source.dtype(b)}
+  if source.shape(a) != source.shape(b) or not dtypes <= set(tensorfile.DTYPES):
+    return False
+  narrow = min((tensorfile.DTYPES[name] for name in dtypes), key=lambda d: d.itemsize)
+  pairs = zip(source.chunks(a, False), source.chunks(b, False))
+  return all((_cast(x, narrow) == _cast(y, narrow)).all() for (_, x), (_, y) in pairs)
 
 
 # ------------------------------------------------------------------------ export

@@ -19,7 +19,7 @@ from rlft.cli import config as configs
 from rlft.cli.estimates import CHIPS, GIB, Counter, roofline
 from rlft.cli.main import main
 from rlft.core import costs
-from rlft.core.errors import ConfigError
+from rlft.core.errors import CheckpointError, ConfigError
 from rlft.core.mesh import make_mesh
 from rlft.core.types import Example, Reward
 from rlft.models.decoder import DecoderConfig, param_shapes
@@ -278,6 +278,20 @@ def test_no_compiler(monkeypatch):
 def test_runs_that_cannot_be(run, prompt, message):
   with pytest.raises(ConfigError, match=message):
     plan_here(run, prompt)
+
+
+def test_the_architecture_of_an_adapter_is_its_base_s(tmp_path):
+  for base in ("mini", "owner/gone"):
+    about = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    model = runs.ModelConfig(path=str(tmp_path))
+    match = (
+      "no adapter_model.saf" if base == "mini" else "adapter, and its base 'owner/g"
+    )
+    with pytest.raises((CheckpointError, ConfigError), match=match):
+      planning.architecture(model)
+  golden = Path(__file__).parents[1] / "golden" / "peft" / "llama_added"
+  assert planning.architecture(runs.ModelConfig(path=str(golden))).vocab_size == 74
 
 
 def test_command_line_mistakes(capsys, tmp_path):

@@ -174,8 +174,15 @@ BAD = {
     r"only as pytorch_model.bin.*save_pretrained",
   ),
   "adapter without weights": (
-    lambda p: (p / "adapter_config.json").write_text("{}"),
+    lambda p: (
+      _only(p, "adapter_model.bin"),
+      (p / "adapter_config.json").write_text("{}"),
+    ),
     "has adapter_config.json, but no adapter_model.safetensors",
+  ),
+  "adapter with a model": (
+    lambda p: (p / "adapter_config.json").write_text("{}"),
+    "holds a whole model and an adapter",
   ),
   "gguf inside": (lambda p: _only(p, "model.gguf"), r"pass .*model/model.gguf itself"),
   "missing tensor": (

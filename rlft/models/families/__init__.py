@@ -19,7 +19,15 @@ from rlft.models.families.phi import PHI3
 from rlft.models.families.qwen import QWEN2, QWEN3
 from rlft.models.families.table import Family, Weight
 
-__all__ = ["FAMILIES", "Family", "Weight", "resolve", "to_hf", "trunk_of_classifier"]
+__all__ = [
+  "FAMILIES",
+  "Family",
+  "Weight",
+  "classifier_of",
+  "resolve",
+  "to_hf",
+  "trunk_of_classifier",
+]
 
 FAMILIES = (
   LLAMA,
@@ -83,15 +91,20 @@ def trunk_of_classifier(hf: dict[str, Any]) -> dict[str, Any] | None:
   """
   architectures = hf.get("architectures")
   for family in FAMILIES:
-    stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    stem += "Text" if family is GEMMA3 else ""
-    if architectures == [f"{stem}ForSequenceClassification"]:
+    if architectures == [classifier_of(family)]:
       labels = ("num_labels", "id2label", "label2id", "problem_type")
       return {key: value for key, value in hf.items() if key not in labels} | {
         "architectures": [family.architecture],
         "tie_word_embeddings": True,
       }
   return None
+
+
+def classifier_of(family: Family) -> str:
+  """The architecture of a family's classifiers."""
+  stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+  stem += "Text" if family is GEMMA3 else ""
+  return f"{stem}ForSequenceClassification"
 
 
 def to_hf(config: DecoderConfig, like: Family | None = None) -> dict[str, Any]:
