@@ -73,7 +73,8 @@ class DPOConfig:
     kind: "dpo" or "ipo".
     label_smoothing: probability that a label is wrong, below 1/2; of "dpo".
     batch_size: pairs of an update.
-    micro_batches: parts that an update is taken in; changes memory only.
+    micro_batches: parts that an update is taken in, which changes no number; 0 chooses
+      for the memory, see `training.parts`.
     epochs: passes over the pairs.
     max_length: longest side in tokens; longer pairs are dropped and counted.
     lora: trains adapters in place of all weights.
@@ -92,7 +93,7 @@ class DPOConfig:
   kind: Literal["dpo", "ipo"] = "dpo"
   label_smoothing: float = 0.0
   batch_size: int = 32
-  micro_batches: int = 1
+  micro_batches: int = 0
   epochs: int = 1
   max_length: int = 512
   lora: LoRAConfig | None = None
@@ -102,7 +103,7 @@ class DPOConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("batch_size", "micro_batches", "epochs", "max_length"):
+    for name in ("batch_size", "epochs", "max_length"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
     for name, legal in (
@@ -112,6 +113,8 @@ class DPOConfig:
       if getattr(self, name) not in legal:
         raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
     preference.check_dpo(self.beta, self.kind, self.label_smoothing)
+    if self.micro_batches < 0:
+      raise ConfigError(f"micro_batches={self.micro_batches}: 0 (chosen) or positive")
     check_seed(self.seed)
 
 
@@ -261,6 +264,7 @@ def make_train_step(
     optimizer,
     micro_batches=micro_batches,
     mesh=model.mesh,
+    model=model,
   )
 
 
@@ -470,11 +474,11 @@ def check(policy: Policy, config: DPOConfig, reference: Policy | None = None) ->
   if config.chat:
     encode_prompts(policy.tokenizer, ["."], chat=True)  # the template's own errors
   shards = batch_shards(policy.model.mesh)
-  need = config.micro_batches * shards
+  need = max(1, config.micro_batches) * shards
   if config.batch_size % need:
     raise ConfigError(
       f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
-      f"shards = {config.micro_batches} x {shards} = {need}"
+      f"shards = {max(1, config.micro_batches)} x {shards} = {need}"
     )
   if config.lora is None:
     check_patterns(config.optimizer, {"policy": policy.params})

@@ -108,7 +108,8 @@ class GRPOConfig:
     temperature: of sampling and of every log-probability; there are no filters.
     max_new_tokens, stop, chat: of sampling.
     epochs, minibatches: updates of an iteration: every epoch takes each row once.
-    micro_batches: parts of a minibatch; changes memory only.
+    micro_batches: parts of a minibatch, which changes no number; 0 chooses for
+      the memory, see `training.parts`.
     dynamic_sampling: most further draws of prompts in place of groups whose rewards are
       all equal, which carry no gradient; 0 trains on what came first.
     kl_every: without a KL term, iterations between measurements of the KL to the start,
@@ -138,7 +139,7 @@ class GRPOConfig:
   chat: bool = False
   epochs: int = 1
   minibatches: int = 1
-  micro_batches: int = 1
+  micro_batches: int = 0
   dynamic_sampling: int = 0
   kl_every: int = 10
   mask_truncated: bool = True
@@ -154,12 +155,12 @@ class GRPOConfig:
   def __post_init__(self):
     positive = (
       "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
-      "epochs", "minibatches", "micro_batches", "max_tokens", "max_rows", "eval_every",
+      "epochs", "minibatches", "max_tokens", "max_rows", "eval_every",
     )  # fmt: skip
     for name in positive:
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
-    for name in ("kl_reward", "dynamic_sampling", "kl_every"):
+    for name in ("kl_reward", "dynamic_sampling", "kl_every", "micro_batches"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
     if not self.temperature > 0:
@@ -311,7 +312,9 @@ def make_train_step(
   Equal arguments give the same function, so that runs compile once.
   """
   sums = functools.partial(grpo_sums, model, loss)
-  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+  return make_step(
+    sums, optimizer, micro_batches=micro_batches, mesh=model.mesh, model=model
+  )
 
 
 # ------------------------------------------------------------------------ the run

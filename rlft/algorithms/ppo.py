@@ -105,7 +105,8 @@ class PPOConfig:
     temperature: of sampling and of every log-probability; there are no filters.
     max_new_tokens, stop, chat: of sampling.
     epochs, minibatches: updates of an iteration: every epoch takes each row once.
-    micro_batches: parts of a minibatch; changes memory only.
+    micro_batches: parts of a minibatch, which changes no number; 0 chooses for
+      the memory, see `training.parts`.
     gamma, gae_lambda: of GAE.
     kl_coef: weight of the KL reward, and the start of an adaptive one.
     kl_estimator: "k1", "k2" or "k3", see `objectives.kl`.
@@ -148,7 +149,7 @@ class PPOConfig:
   chat: bool = False
   epochs: int = 4
   minibatches: int = 4
-  micro_batches: int = 1
+  micro_batches: int = 0
   gamma: float = 1.0
   gae_lambda: float = 0.95
   kl_coef: float = 0.05
@@ -172,13 +173,13 @@ class PPOConfig:
   def __post_init__(self):
     positive = (
       "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
-      "epochs", "minibatches", "micro_batches", "kl_horizon", "max_tokens", "max_rows",
+      "epochs", "minibatches", "kl_horizon", "max_tokens", "max_rows",
       "eval_every",
     )  # fmt: skip
     for name in positive:
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
-    for name in ("kl_coef", "kl_target", "critic_warmup"):
+    for name in ("kl_coef", "kl_target", "critic_warmup", "micro_batches"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise ConfigError(f"{name}={getattr(self, name)}: must not be negative")
     for name in ("gamma", "gae_lambda"):
@@ -317,7 +318,9 @@ def make_policy_step(
     out["loss"] = total + loss.value_coef * critic.pop("loss")[0], denominator
     return out | critic
 
-  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+  return make_step(
+    sums, optimizer, micro_batches=micro_batches, mesh=model.mesh, model=model
+  )
 
 
 @functools.lru_cache(maxsize=16)
@@ -337,7 +340,9 @@ def make_value_step(
     )
     return value_sums(scalars.scalar_head(params["head"], hidden_BCE), loss, batch)
 
-  return make_step(sums, optimizer, micro_batches=micro_batches, mesh=model.mesh)
+  return make_step(
+    sums, optimizer, micro_batches=micro_batches, mesh=model.mesh, model=model
+  )
 
 
 # ------------------------------------------------------------------- the advantages

@@ -62,7 +62,8 @@ class RewardModelConfig:
   Attributes:
     optimizer: see `OptimizerConfig`; parameters are under "trunk/" and "head/".
     batch_size: pairs, or labelled rows, of an update.
-    micro_batches: parts that an update is taken in; changes memory only.
+    micro_batches: parts that an update is taken in, which changes no number; 0 chooses
+      for the memory, see `training.parts`.
     epochs: passes over the data.
     max_length: longest row in tokens; longer ones are dropped and counted.
     loss_on: of outcome models: "steps" (ends of steps, and the last token), "all"
@@ -79,7 +80,7 @@ class RewardModelConfig:
     default_factory=lambda: OptimizerConfig(learning_rate=1e-5, eps=1e-5)
   )
   batch_size: int = 32
-  micro_batches: int = 1
+  micro_batches: int = 0
   epochs: int = 1
   max_length: int = 512
   loss_on: Literal["steps", "all", "final"] = "steps"
@@ -90,7 +91,7 @@ class RewardModelConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("batch_size", "micro_batches", "epochs", "max_length"):
+    for name in ("batch_size", "epochs", "max_length"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
     for name, legal in (
@@ -100,6 +101,8 @@ class RewardModelConfig:
     ):
       if getattr(self, name) not in legal:
         raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
+    if self.micro_batches < 0:
+      raise ConfigError(f"micro_batches={self.micro_batches}: 0 (chosen) or positive")
     check_seed(self.seed)
 
 
@@ -159,6 +162,7 @@ def make_train_step(
     optimizer,
     micro_batches=micro_batches,
     mesh=model.mesh,
+    model=model,
   )
 
 
@@ -347,11 +351,11 @@ def check(policy: Policy | ScalarModel, config: RewardModelConfig) -> None:
   if config.chat:
     encode_prompts(policy.tokenizer, ["."], chat=True)  # the template's own errors
   shards = batch_shards(policy.model.mesh)
-  need = config.micro_batches * shards
+  need = max(1, config.micro_batches) * shards
   if config.batch_size % need:
     raise ConfigError(
       f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
-      f"shards = {config.micro_batches} x {shards} = {need}"
+      f"shards = {max(1, config.micro_batches)} x {shards} = {need}"
     )
   params = policy.params
   if isinstance(policy, Policy):

@@ -49,7 +49,8 @@ class SFTConfig:
   Attributes:
     optimizer: see `OptimizerConfig`.
     batch_size: rows of an update.
-    micro_batches: parts that an update's rows are taken in; changes memory only.
+    micro_batches: parts that an update is taken in, which changes no number; 0 chooses
+      for the memory, see `training.parts`.
     epochs: passes over the rows; ignored when `update_tokens` is set.
     update_tokens: stop once so many tokens have been in the loss; 0 is off. This is
       how two arms of a study get the same budget.
@@ -63,7 +64,7 @@ class SFTConfig:
 
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   batch_size: int = 32
-  micro_batches: int = 1
+  micro_batches: int = 0
   epochs: int = 1
   update_tokens: int = 0
   max_length: int = 512
@@ -74,7 +75,7 @@ class SFTConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name in ("batch_size", "micro_batches", "epochs", "max_length"):
+    for name in ("batch_size", "epochs", "max_length"):
       if getattr(self, name) < 1:
         raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
     if self.update_tokens < 0:
@@ -86,6 +87,8 @@ class SFTConfig:
     ):
       if getattr(self, name) not in legal:
         raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {legal}")
+    if self.micro_batches < 0:
+      raise ConfigError(f"micro_batches={self.micro_batches}: 0 (chosen) or positive")
     check_seed(self.seed)
 
 
@@ -133,6 +136,7 @@ def make_train_step(model: Decoder, optimizer: OptimizerConfig, micro_batches: i
     optimizer,
     micro_batches=micro_batches,
     mesh=model.mesh,
+    model=model,
   )
 
 
@@ -145,11 +149,11 @@ def check(policy: Policy, config: SFTConfig) -> None:
   if config.chat:
     encode_prompts(policy.tokenizer, ["."], chat=True)  # the template's own errors
   shards = batch_shards(policy.model.mesh)
-  need = config.micro_batches * shards
+  need = max(1, config.micro_batches) * shards
   if config.batch_size % need:
     raise ConfigError(
       f"batch_size={config.batch_size} must be a multiple of micro_batches x batch "
-      f"shards = {config.micro_batches} x {shards} = {need}"
+      f"shards = {max(1, config.micro_batches)} x {shards} = {need}"
     )
   check_patterns(config.optimizer, policy.params)
 

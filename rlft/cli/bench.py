@@ -62,6 +62,7 @@ SHAPES = {
   "S": {"rows": 32, "samples": 1, "prompt": 64, "new": 128},
   "shared": {"rows": 64, "samples": 8, "prompt": 512, "new": 128},
 }
+_PARTS = "of an update; 0: as a run chooses (default: 0)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   train = kinds.add_parser("train", help="one supervised update")
   train.add_argument("--rows", type=int, default=32)
   train.add_argument("--length", type=int, default=192, help="tokens of a row")
-  train.add_argument("--micro_batches", type=int, default=1)
+  train.add_argument("--micro_batches", type=int, default=0, help=_PARTS)
   train.add_argument("--remat", choices=("none", "full", "dots"), default="none")
   rl = [
     kinds.add_parser(kind, help=text)
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--samples", type=int, default=8, help="of each prompt")
     one.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     one.add_argument("--new", type=int, default=128, help="tokens sampled by each row")
-    one.add_argument("--micro_batches", type=int, default=1)
+    one.add_argument("--micro_batches", type=int, default=0, help=_PARTS)
     one.add_argument("--remat", choices=("none", "full", "dots"), default="none")
   for one in (sample, train, *rl):
     one.add_argument(
@@ -194,10 +195,11 @@ def _sizes(args: argparse.Namespace) -> dict[str, int]:
     given = {name: getattr(args, name) for name in preset}
     sizes = {n: preset[n] if x is None else x for n, x in given.items()}
   for name, value in (*sizes.items(), ("repeats", args.repeats)):
-    if value < 1:
-      raise ConfigError(f"--{name}={value}: at least 1")
+    least = int(name != "micro_batches")  # 0 chooses
+    if value < least:
+      raise ConfigError(f"--{name}={value}: at least {least}")
   for part in ("samples", "micro_batches"):
-    if sizes["rows"] % sizes.get(part, 1):
+    if sizes["rows"] % max(1, sizes.get(part, 1)):
       raise ConfigError(f"--rows={sizes['rows']} must be a multiple of --{part}")
   return sizes
 

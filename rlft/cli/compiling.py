@@ -228,7 +228,7 @@ def compile_plan(
       on_program(one.name, one.compile_seconds, cached)
   return Report(
     mesh=dict(mesh.shape),
-    settings=planning.knobs(settings),
+    settings=planning.knobs(settings, plan, mesh),
     residents=plan.residents,
     programs=tuple(measured),
     available=target.chip.hbm,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rlft.core.costs import Cost
 from rlft.models.decoder import DecoderConfig
+from rlft.training.parts import MEMORY
 
 GIB = 2.0**30
 
@@ -74,9 +75,9 @@ class Chip:
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v5e", 197e12, 15.75 * GIB, 819e9, 400e9 / 2, 2, 25e9 / 8),
-    Chip("v5p", 459e12, 95.73 * GIB, 2765e9, 1200e9 / 2, 3, 50e9 / 8),
-    Chip("v6e", 918e12, 31.24 * GIB, 1638e9, 800e9 / 2, 2, 100e9 / 8),
+    Chip("v5e", 197e12, MEMORY["TPU v5 lite"], 819e9, 400e9 / 2, 2, 25e9 / 8),
+    Chip("v5p", 459e12, MEMORY["TPU v5"], 2765e9, 1200e9 / 2, 3, 50e9 / 8),
+    Chip("v6e", 918e12, MEMORY["TPU v6 lite"], 1638e9, 800e9 / 2, 2, 100e9 / 8),
   )
 }
 

@@ -11,7 +11,10 @@ _CURES = {
   "rollout": "lower max_rows (completions in flight), or max_new_tokens",
   "score": "lower max_tokens (tokens that are scored at once)",
   "reward": "lower max_tokens (tokens that a reward model scores at once)",
-  "update": "raise micro_batches, which changes no number, or set remat='full'",
+  "update": (
+    "set micro_batches, which changes no number: a device's rows of an update, each "
+    "taken alone, are its most and need least; or set remat='full'"
+  ),
   "evaluation": "lower eval.max_rows (completions in flight)",
 }
 _EVERYWHERE = (

@@ -32,7 +32,7 @@ from rlft.rewards import learned
 from rlft.sampling import decode as device
 from rlft.sampling.buckets import bucket
 from rlft.sampling.generate import PREFILL_TOKENS
-from rlft.training import rollouts
+from rlft.training import parts, rollouts
 from rlft.training.data import TrainBatch
 
 Run = PPORun | GRPORun | SFTRun
@@ -150,11 +150,12 @@ def make_plan(run: Run, mesh: Mesh, prompt: int) -> Plan:
 
 def _plan_sft(run: SFTRun, config: DecoderConfig, mesh: Mesh) -> Plan:
   method, shapes = run.sft, Shapes(mesh)
-  need = method.micro_batches * batch_shards(mesh)
+  least = max(1, method.micro_batches)  # 0 chooses one that fits
+  need = least * batch_shards(mesh)
   if method.batch_size % need:
     raise ConfigError(
       f"batch_size={method.batch_size} must be a multiple of micro_batches x batch "
-      f"shards = {method.micro_batches} x {batch_shards(mesh)} = {need}"
+      f"shards = {least} x {batch_shards(mesh)} = {need}"
     )
   model = Decoder(
     config, dtype=jnp.dtype(method.compute_dtype), mesh=mesh, remat=method.remat
@@ -200,8 +201,8 @@ class _OnPolicy:
         "positions of the model"
       )
     counts = method.prompts_per_iteration, method.samples_per_prompt
-    parts = method.minibatches, method.micro_batches
-    rollouts.check_rows(*counts, *parts, mesh)
+    divided = method.minibatches, method.micro_batches
+    rollouts.check_rows(*counts, *divided, mesh)
     # Each host samples prompts of its own, and feeds their rows; here is the first one.
     self.share = hosts.share_of(mesh, mesh.devices.flat[0].process_index)
     if counts[0] % self.share.of:
@@ -472,8 +473,15 @@ def name_of(run: Run) -> str:
   return next(name for name, cls in RUNS.items() if type(run) is cls)
 
 
-def knobs(run: Run) -> dict[str, Any]:
-  """Settings that change memory and speed, but no result."""
+def knobs(run: Run, plan: Plan, mesh: Mesh) -> dict[str, Any]:
+  """Settings that change memory and speed, but no result; what a run would choose."""
   names = ("micro_batches", "remat", "max_rows", "max_tokens")
   method = getattr(run, name_of(run))
-  return {name: getattr(method, name) for name in names if hasattr(method, name)}
+  found = {name: getattr(method, name) for name in names if hasattr(method, name)}
+  if not found["micro_batches"]:
+    dtype = jnp.dtype(method.compute_dtype)
+    model = Decoder(architecture(run.model), dtype=dtype, mesh=mesh, remat=method.remat)
+    found["micro_batches"] = parts.micro_batches(
+      plan.rows, plan.width, model, parts.device_memory(mesh)
+    )
+  return found

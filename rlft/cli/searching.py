@@ -18,6 +18,7 @@ from rlft.cli.runs import weight_count
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import make_mesh
 from rlft.models.decoder import DecoderConfig
+from rlft.training.parts import inner_bytes, kept_bytes, score_bytes
 
 CHUNK = 2048  # tokens of a chip whose logits are held at once; see `models.heads`
 # Compiled programs were up to this much larger than the estimate.
@@ -174,19 +175,11 @@ def step_bytes(
   """
   _, fsdp, tensor = mesh
   tokens = rows * width
-  query = config.heads * config.head_dim / tensor
-  keys = config.kv_heads * config.head_dim / tensor
-  hidden = config.mlp_width / tensor
-  stream = config.width
-  scores = rows * config.heads / tensor * width * width * (4 + size)
-  if width % 128 == 0 and config.head_dim % 128 == 0:
-    scores = 0.0  # the attention kernel holds tiles of them, on the chip
-  inner = tokens * size * (2 * query + 2 * keys + 3 * hidden + 4 * stream)
-  kept = {
-    "full": tokens * size * stream,
-    "dots": tokens * size * (query + 2 * keys + 2 * hidden + 3 * stream),
-    "none": inner + scores + tokens * 4 * 2 * stream,
-  }[remat]
+  # The attention kernel of TPUs holds tiles of the scores, on the chip.
+  tiled = width % 128 == 0 and config.head_dim % 128 == 0
+  kept = kept_bytes(config, tensor, rows, width, size, remat, tiled)
+  inner = inner_bytes(config, tensor, tokens, size)
+  scores = 0.0 if tiled else score_bytes(config, tensor, rows, width, size)
   activations = config.layers * kept + inner + 2 * scores
   weights = weight_count(config)
   layer = (weights - 2 * config.vocab_size * config.width) / config.layers

@@ -423,6 +423,7 @@ def check_rows(
 ) -> None:
   """Raises `ConfigError` when an iteration's rows cannot be divided."""
   rows, shards = prompts * samples, batch_shards(mesh)
+  micro_batches = max(1, micro_batches)  # 0 chooses one that fits
   need = minibatch_count * micro_batches * shards
   if rows % need:
     raise ConfigError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.mesh import batch_shards, constrain
+from rlft.models.decoder import Decoder
+from rlft.training import parts
 from rlft.training.optimizer import (
   Optimizer,
   OptimizerConfig,
@@ -148,6 +151,7 @@ def make_step(
   *,
   micro_batches: int = 1,
   mesh: Mesh | None = None,
+  model: Decoder | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Builds `train_step(state, batch, *frozen) -> (state, metrics)`.
 
@@ -162,8 +166,10 @@ def make_step(
       base weights under LoRA, say) is read whole by every part of the batch.
     optimizer: a configuration, or an optax transformation, whose updates are added to
       the parameters as they are; one that asks for it gets the loss as `value`.
-    micro_batches: how many parts a batch is taken in; its rows must be a multiple.
+    micro_batches: how many parts a batch is taken in; its rows must be a multiple. 0
+      chooses for each shape of a batch, see `training.parts`.
     mesh: where the batch is sharded.
+    model: of the loss; what is chosen depends on its sizes.
 
   Returns:
     The jitted step. Its state is donated. Metrics are float32 scalars on the device:
@@ -171,8 +177,8 @@ def make_step(
     "update_norm", "learning_rate" (of an optax transformation where
     `optax.inject_hyperparams` shows it), "loss_denominator", "skipped".
   """
-  if micro_batches < 1:
-    raise ConfigError(f"micro_batches={micro_batches}: at least 1")
+  if micro_batches < (model is None):
+    raise ConfigError(f"micro_batches={micro_batches}: at least 1, or 0 with a model")
 
   def total_and_sums(params, batch, *frozen):
     sums = loss(params, batch, *frozen)
@@ -182,9 +188,18 @@ def make_step(
   own_rate = isinstance(optimizer, OptimizerConfig)
   grad = jax.grad(total_and_sums, has_aux=True)
 
-  def split(x):
+  memory = None if micro_batches else parts.device_memory(mesh)
+
+  def parts_of(batch) -> int:
+    if micro_batches:
+      return micro_batches
+    shapes = [x.shape for x in jax.tree.leaves(batch)]
+    width = max(math.prod(shape[1:]) for shape in shapes)  # of the tokens
+    return parts.micro_batches(shapes[0][0], width, model, memory)
+
+  def split(x, count):
     # Row i * M + m goes to part m: every device's rows are split where they are.
-    x = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:])
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:])
     x = jnp.moveaxis(x, 1, 0)
     return constrain(x, mesh, (None, "batch") + (None,) * (x.ndim - 2))
 
@@ -195,27 +210,28 @@ def make_step(
     }
     return jax.tree.map(jnp.add, total[0], part[0]), sums
 
-  def accumulate(params, batch, *frozen):
-    if micro_batches == 1:
+  def accumulate(count, params, batch, *frozen):
+    if count == 1:
       return grad(params, batch, *frozen)
-    parts = jax.tree.map(split, batch)
+    divided = jax.tree.map(functools.partial(split, count=count), batch)
     one = lambda part: grad(params, part, *frozen)
-    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], divided))
     grads, sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
     lowest = lambda name, x: jnp.full_like(x, -jnp.inf) if _is_max(name) else x
     sums = {k: jax.tree.map(functools.partial(lowest, k), v) for k, v in sums.items()}
     body = lambda total, part: (add(total, one(part)), None)
-    return jax.lax.scan(body, (grads, sums), parts)[0]
+    return jax.lax.scan(body, (grads, sums), divided)[0]
 
   def train_step(state: TrainState, batch, *frozen):
     rows = jax.tree.leaves(batch)[0].shape[0]
-    need = micro_batches * batch_shards(mesh)
+    count = parts_of(batch)
+    need = count * batch_shards(mesh)
     if rows % need:
       raise ConfigError(
-        f"a batch of {rows} rows cannot be divided into {micro_batches} micro-batches "
+        f"a batch of {rows} rows cannot be divided into {count} micro-batches "
         f"on {batch_shards(mesh)} batch shards; use a multiple of {need}"
       )
-    grads, sums = accumulate(state.params, batch, *frozen)
+    grads, sums = accumulate(count, state.params, batch, *frozen)
     denominator = sums["loss"][1]
     scale = _quotient(1.0, denominator)
     # Frozen parameters' gradients end here, so that the compiler drops them, and the

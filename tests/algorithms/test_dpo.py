@@ -165,7 +165,7 @@ def test_lora_leaves_the_base_alone(policy, pairs):
 
 def test_compiles_once(policy, pairs):
   model = policy.model.clone(dtype=jax.numpy.dtype("float32"), remat="none")
-  step = dpo.make_train_step(model, OPTIMIZER, 0.5, "dpo", 0.0, 1)
+  step = dpo.make_train_step(model, OPTIMIZER, 0.5, "dpo", 0.0, 0)
   dpo.train(policy, pairs[:9], CONFIG)
   before = step._cache_size(), dpo._jit_side_logp._cache_size()
   assert min(before) > 0
@@ -254,7 +254,7 @@ def test_models_that_cannot_be_trained(policy, tiny, pairs):
   ("changes", "message"),
   [
     ({"batch_size": 0}, "batch_size"),
-    ({"micro_batches": 0}, "micro_batches"),
+    ({"micro_batches": -1}, "micro_batches"),
     ({"epochs": 0}, "epochs"),
     ({"max_length": 0}, "max_length"),
     ({"beta": 0.0}, "beta"),

@@ -140,7 +140,7 @@ def test_compiles_once(policy, pairs):
   model = policy.model.clone(
     config=init_scalar(policy).config, dtype=jnp.dtype("float32"), remat="none"
   )
-  step = rm.make_train_step(rm.pair_loss, model, OPTIMIZER, 1)
+  step = rm.make_train_step(rm.pair_loss, model, OPTIMIZER, 0)
   rm.train_pairs(policy, pairs[:9], CONFIG)
   before = step._cache_size()
   assert before > 0
@@ -302,7 +302,7 @@ def test_models_that_cannot_be_trained(policy, pairs):
   ("field", "value"),
   [
     ("batch_size", 0),
-    ("micro_batches", 0),
+    ("micro_batches", -1),
     ("epochs", 0),
     ("max_length", 0),
     ("loss_on", "some"),

@@ -283,7 +283,7 @@ def test_policies_that_cannot_be_trained(policy, rows):
   ("field", "value"),
   [
     ("batch_size", 0),
-    ("micro_batches", 0),
+    ("micro_batches", -1),
     ("epochs", 0),
     ("max_length", 0),
     ("update_tokens", -1),

@@ -152,6 +152,16 @@ def test_programs_are_called_with_the_shapes_of_a_run(monkeypatch):
     assert each * TINY.layers == [(shape, kind) for shape, kind, _ in held.cache.k]
 
 
+def test_a_plan_shows_the_micro_batches_that_its_programs_and_a_run_choose():
+  method = sft.SFTConfig(batch_size=32, max_length=128)
+  run = planning.SFTRun(model=runs.ModelConfig(decoder=TINY), sft=method)
+  mesh = make_mesh(devices=jax.devices()[:1])
+  plan = planning.make_plan(run, mesh, 0)
+  assert planning.knobs(run, plan, mesh)["micro_batches"] == 4
+  (program,) = plan.programs
+  assert "tensor<4x8x128xi32>" in program.lower().as_text()
+
+
 # -------------------------------------------------------------- the counts are a hand's
 
 
