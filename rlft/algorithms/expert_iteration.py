@@ -289,7 +289,7 @@ def run(
   Raises:
     ConfigError, DataError: before any device work; and `DataError` when the first round
       accepts nothing and there are no SFT rows to train on.
-    RewardError: a reward function or the judge raised, or gave what is no number.
+    RewardError: the reward or the judge failed on every row that was sampled.
     StoppedError: `saving` was asked to stop: when what is under way is sampled, or at
       the next update, of a training that will be made again.
   """

@@ -536,7 +536,11 @@ class _Run:
     config, means = self.config, Means()
     of, done = config.epochs * config.minibatches, 0
     if not any(hosts.everyone(bool(batch.loss_mask.any()))):
-      log.warning("iteration %d: no row could be judged; nothing is updated", index)
+      log.warning(
+        "iteration %d: every row was cut by the length limit or not judged; nothing "
+        "is updated",
+        index,
+      )
       return {"update/skipped": float(of)}
     for epoch in range(config.epochs):
       parts = rollouts.minibatches(

@@ -677,7 +677,11 @@ class _Run:
     mesh = self.trainee.start.model.mesh
     of = config.epochs * config.minibatches
     if not any(hosts.everyone(bool(batch.loss_mask.any()))):
-      log.warning("iteration %d: no row could be judged; nothing is updated", index)
+      log.warning(
+        "iteration %d: every row was cut by the length limit or not judged; nothing "
+        "is updated",
+        index,
+      )
       return {"update/skipped": float(of)}
     done = 0
     for epoch in range(config.epochs):

@@ -286,7 +286,7 @@ def run(
   Raises:
     ConfigError, DataError: before any device work; and `DataError` when nothing can be
       labelled, nothing is GOOD, or no solution has a mark.
-    RewardError: the reward or the judge raised, or gave what is no number.
+    RewardError: the reward or the judge failed on every row that was sampled.
     StoppedError: the run was asked to stop, and what it has done is saved.
   """
   config, examples = config or RCRLConfig(), as_examples(examples)
@@ -330,8 +330,9 @@ def run(
   def outcomes(rollout, examples, verdicts=None) -> list[float]:
     if reward is None:
       verdicts = verdicts or judge_all(judge, rollout.completions, examples)
-      return [verdict_reward(v, config.accept) for v in verdicts]
-    given = rollouts.values(reward(rollout, examples), rollout)
+      given = [verdict_reward(v, config.accept) for v in verdicts]
+    else:
+      given = rollouts.values(reward(rollout, examples), rollout)
     return [math.nan if x is None else x for x in given]
 
   split = functools.partial(_split, base, config)

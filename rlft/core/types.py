@@ -45,12 +45,14 @@ class Verdict:
     consistent: whether every worked step is valid and leads to the answer; None when
       the task cannot tell. Correct but not consistent is a "lucky" solution.
     chain: the canonical sequence of operations; None when it cannot be read.
+    judged: False where it could not be judged, which no method takes for wrong.
   """
 
   answer: str | None
   correct: bool
   consistent: bool | None = None
   chain: tuple[str, ...] | None = None
+  judged: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

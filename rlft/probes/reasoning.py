@@ -69,7 +69,8 @@ def report(
     {"metrics": {name: {"mean", "low", "high", "prompts"}}, "per_prompt": {name:
     float32 [P]}, "prompt_ids": [P], "totals": {...}}. `prompts` counts those with a
     value. Totals are counts over all samples: samples, correct, lucky, no_answer,
-    unique_chains (and novel_chains), and the pooled lucky_share = lucky / correct.
+    not_judged (which count as wrong), unique_chains (and novel_chains), and the pooled
+    lucky_share = lucky / correct.
 
   Raises:
     ConfigError: no prompts, lengths that differ, a k below 1, or a score that is not
@@ -94,6 +95,7 @@ def report(
     "lucky": int(lucky_P.sum()),
     "lucky_share": _share(lucky_P.sum(), correct_P.sum()).item(),
     "no_answer": int(silent_P.sum()),
+    "not_judged": sum(not verdict.judged for row in verdicts_PK for verdict in row),
     "unique_chains": sum(map(len, by_id.values())),
   }
   if known_chains is not None:

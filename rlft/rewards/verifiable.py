@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import logging
 import math
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ import numpy as np
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError, RewardError
 from rlft.core.types import Example, Rollout, Verdict
+from rlft.rewards import worker
 from rlft.rewards.contract import (
   ComposedReward,
   Function,
@@ -37,6 +39,8 @@ from rlft.sampling.stops import token_bytes
 if TYPE_CHECKING:
   import transformers
   from jax.sharding import Mesh
+
+log = logging.getLogger(__name__)
 
 Judge = Callable[[str, Example], Verdict]
 # A task's worked steps: (offset after its last character, its result) of each.
@@ -57,11 +61,12 @@ def judge_all(
 ) -> list[Verdict]:
   """Verdicts of B completions; B is a multiple of the number of examples.
 
-  The samples of one prompt are adjacent, as in a `Rollout`.
+  The samples of one prompt are adjacent, as in a `Rollout`. A judge that raises
+  (`sys.exit` too), or gives no verdict, costs its row, which is then not judged.
 
   Raises:
     DataError: the numbers do not fit.
-    RewardError: the judge raised; names it and the example.
+    RewardError: no row could be judged; names the judge and the first one's example.
   """
   if not examples or len(completions) % len(examples):
     raise DataError(
@@ -69,16 +74,32 @@ def judge_all(
       f"{len(examples)} examples"
     )
   samples = len(completions) // len(examples)
-  out = []
-  for i, text in enumerate(completions):
-    example = examples[i // samples]
-    try:
-      out.append(judge(text, example))
-    except (Exception, SystemExit) as error:
-      raise RewardError(
-        f"the judge {name_of(judge)} raised {error!r} on sample {i % samples} of the "
-        f"example with id {example.id}: {text!r:.200}"
-      ) from error
+  out, failed = [], []
+  with worker.own_stops() as stopping:
+    for i, text in enumerate(completions):
+      example = examples[i // samples]
+      try:
+        verdict = judge(text, example)
+        if not isinstance(verdict, Verdict):
+          raise TypeError(
+            f"gave {verdict!r:.200}: give an rlft.core.types.Verdict(answer, correct)"
+          )
+      except BaseException as error:
+        if stopping:  # a Ctrl-C is for the run
+          raise
+        where = (
+          f"sample {i % samples} of the example with id {example.id}: {text!r:.200}"
+        )
+        failed.append(f"{error!r:.400} on {where}")
+        verdict = Verdict(None, False, judged=False)
+      out.append(verdict)
+  if failed:
+    many = (
+      f"the judge {name_of(judge)} failed on {len(failed)} of {len(out)} completions"
+    )
+    if len(failed) == len(out):
+      raise RewardError(f"{many}, first with {failed[0]}")
+    log.warning("%s, which are not judged; first with %s", many, failed[0])
   return out
 
 
@@ -86,16 +107,23 @@ def verdicts_of_all(verdicts: Sequence[Verdict], mesh: Mesh | None) -> list[Verd
   """Of several processes: the verdicts of all of them, in the order of the rows."""
   if not hosts.several():
     return list(verdicts)
-  plain = [[v.answer, bool(v.correct), v.consistent, v.chain] for v in verdicts]
+  plain = [
+    [v.answer, bool(v.correct), v.consistent, v.chain, v.judged] for v in verdicts
+  ]
   return [
-    Verdict(answer, correct, consistent, None if chain is None else tuple(chain))
+    Verdict(
+      answer, correct, consistent, None if chain is None else tuple(chain), judged
+    )
     for part in hosts.each_part(plain, mesh)
-    for answer, correct, consistent, chain in part
+    for answer, correct, consistent, chain, judged in part
   ]
 
 
-def verdict_reward(verdict: Verdict, accept: Literal["final", "consistent"]) -> float:
-  """1 for a right answer, else 0 (arXiv 2403.04642, the sparse reward).
+def verdict_reward(
+  verdict: Verdict, accept: Literal["final", "consistent"]
+) -> float | None:
+  """1 for a right answer, else 0 (arXiv 2403.04642, the sparse reward); None where it
+  was not judged.
 
   Args:
     verdict: what the task says.
@@ -104,6 +132,8 @@ def verdict_reward(verdict: Verdict, accept: Literal["final", "consistent"]) -> 
   """
   if accept not in ("final", "consistent"):
     raise ConfigError(f"accept={accept!r}: choose 'final' or 'consistent'")
+  if not verdict.judged:
+    return None
   if not verdict.correct:
     return 0.0
   return 0.0 if accept == "consistent" and verdict.consistent is False else 1.0

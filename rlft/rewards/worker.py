@@ -58,7 +58,7 @@ def call(function: Callable, columns: dict[str, list]) -> dict[str, Any]:
     for name, x in columns.items()
     if name not in settled and (named is None or name in named)
   }
-  with _stops() as stopping:
+  with own_stops() as stopping:
     try:
       values = function(**columns)
       if inspect.isawaitable(values):
@@ -110,7 +110,7 @@ def parameters(function: Callable) -> tuple[list[str], set[str] | None]:
 
 
 @contextlib.contextmanager
-def _stops() -> Iterator[list[BaseException]]:
+def own_stops() -> Iterator[list[BaseException]]:
   """What handlers of signals raise while a function has the thread: a Ctrl-C is for the
   run, where a KeyboardInterrupt of the function's own costs it a row."""
   stopping: list[BaseException] = []

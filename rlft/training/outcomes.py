@@ -99,7 +99,8 @@ def sample_outcomes(
 
   Returns:
     K outcomes of each example, samples of a prompt adjacent; those that the length
-    limit cut are among them. Prompts without room for a completion are left out.
+    limit cut are among them, those that could not be judged are not. Prompts without
+    room for a completion are left out.
   """
   if few_shot and chat:
     raise ConfigError("few_shot is for base models, chat for chat models: choose one")
@@ -138,6 +139,7 @@ def sample_outcomes(
       label=float(verdict.correct),
     )
     for row, verdict in enumerate(verdicts)
+    if verdict.judged
   ]
 
 

@@ -411,8 +411,17 @@ def test_judge_that_raises(lab):
   def rude(text, example):
     raise OSError("gone")
 
-  with pytest.raises(RewardError, match=r"rude raised .* id 4"):
+  with pytest.raises(RewardError, match=r"rude failed on 6 of 6 .*gone.* id 4"):
     lab.run(judge=rude)
+
+  def touchy(text, example):
+    if example.id == 2:
+      raise SystemExit
+    return judge(text, example)
+
+  result = lab.run(judge=touchy)
+  assert [one["not_judged"] for one in result.rounds] == [0.5, 0.5]
+  assert {s.prompt_id for s in result.solutions} == {4}
 
 
 # ------------------------------------------------------------------------ bad input

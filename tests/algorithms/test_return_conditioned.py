@@ -266,6 +266,13 @@ def test_what_the_reward_cannot_judge_is_left_out(policy, untrained):
   assert all(s.labels == (s.values[0] >= 1,) for s in result.solutions)
 
 
+def test_what_the_judge_fails_on_is_left_out(policy, untrained):
+  fails = lambda text, e: None if e.id == EXAMPLES[0].id else judge(text, e)
+  result = rc.run(policy, EXAMPLES, fails, CONFIG)
+  assert result.stats["not_judged"] > 0
+  assert EXAMPLES[0].id not in {s.prompt_id for s in result.solutions}
+
+
 # ------------------------------------------------------------- sampling
 
 

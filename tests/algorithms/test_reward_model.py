@@ -13,6 +13,7 @@ import pytest
 from rlft.algorithms import reward_model as rm
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.mesh import make_mesh
+from rlft.core.types import Verdict
 from rlft.models.decoder import Decoder, init_params
 from rlft.models.hub import Policy, load
 from rlft.models.scalar import init_scalar, load_scalar, place, save_scalar
@@ -215,6 +216,13 @@ def test_sampled_outcomes_are_counted_and_labelled(policy):
     tuple(x[mask].tolist()) for x, mask in zip(rolled.tokens, rolled.completion_mask)
   ]
   assert sum(row.tokens == other for row, other in zip(rows, theirs)) < 5
+
+
+def test_what_cannot_be_judged_is_no_outcome(policy):
+  examples = arithmetic.generate("train", 3)
+  gone = lambda text, e: None if e is examples[1] else Verdict("1", True)
+  rows = sample_outcomes(policy, examples, gone, lambda text: [], 2, max_new_tokens=3)
+  assert [row.prompt_id for row in rows] == [examples[i].id for i in (0, 0, 2, 2)]
 
 
 @pytest.mark.parametrize(

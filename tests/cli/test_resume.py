@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rlft.core import compiled
 from rlft.training import metrics
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,7 @@ COMMANDS = {
     "grpo.prompts_per_iteration": 2,
     "grpo.samples_per_prompt": 4,
     "grpo.max_new_tokens": 24,
+    "grpo.mask_truncated": False,  # of which there are many
     "grpo.optimizer.learning_rate": 1e-4,
     "checkpoint.every": 2,
     "dev_prompts": 0,
@@ -170,6 +172,14 @@ def same(one, other):
   assert mine.keys() == theirs.keys()
   for name in mine:
     np.testing.assert_array_equal(mine[name], theirs[name])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept(tmp_path_factory):
+  """What one process compiled, the next ones load, as with every command."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(compiled.VARIABLE, str(tmp_path_factory.mktemp("compiled")))
+    yield
 
 
 @pytest.fixture(scope="module")

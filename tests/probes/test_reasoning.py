@@ -80,6 +80,7 @@ def test_every_metric_by_hand():
     "lucky": 1,
     "lucky_share": pytest.approx(1 / 7),
     "no_answer": 3,
+    "not_judged": 0,
     "unique_chains": 4,
     "novel_chains": 3,
   }

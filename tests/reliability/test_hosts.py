@@ -27,6 +27,7 @@ PPO = {
   "ppo.prompts_per_iteration": 4,
   "ppo.samples_per_prompt": 4,
   "ppo.max_new_tokens": 24,
+  "ppo.truncated": "score",  # there are many
   "ppo.epochs": 1,
   "ppo.minibatches": 1,
   "ppo.optimizer.learning_rate": 1e-4,

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +77,38 @@ def test_judge_that_raises_is_named_with_its_row():
   def picky_judge(text, example):
     raise KeyError("no such unit")
 
-  with pytest.raises(RewardError, match=r"picky_judge .*KeyError.* sample 0 .* id 7"):
+  with pytest.raises(
+    RewardError, match=r"picky_judge failed on 4 of 4 .*KeyError.* sample 0 .* id 7"
+  ):
     judge_all(picky_judge, COMPLETIONS, EXAMPLES)
+  with pytest.raises(RewardError, match=r"gave True: give an .*Verdict\(answer, corr"):
+    judge_all(lambda text, example: True, COMPLETIONS, EXAMPLES)
+
+
+@pytest.mark.parametrize(
+  "error", [KeyError("unit"), SystemExit(1), KeyboardInterrupt(), GeneratorExit()]
+)
+def test_what_a_judge_raises_costs_its_row(error, caplog):
+  def judge(text, example):
+    if text == "b":
+      raise error
+    return Verdict(text, text == "c")
+
+  found = judge_all(judge, COMPLETIONS, EXAMPLES)
+  assert [v.judged for v in found] == [True, False, True, True]
+  assert [verdict_reward(v, "final") for v in found] == [0.0, None, 1.0, 0.0]
+  assert re.search(
+    "judge failed on 1 of 4 .*sample 1 of the example with id 7", caplog.text
+  )
+
+
+def test_a_ctrl_c_while_judging_ends_the_run():
+  def judge(text, example):
+    signal.raise_signal(signal.SIGINT)
+    return Verdict(text, True)
+
+  with pytest.raises(KeyboardInterrupt):
+    judge_all(judge, COMPLETIONS, EXAMPLES)
 
 
 # ------------------------------------------------------------------ whole completions
@@ -115,15 +146,6 @@ def test_a_report_names_its_judge():
   strict = functools.partial(gsm8k.judge, check="strict")
   assert title_of(strict) == "gsm8k.judge(check='strict')"
   assert title_of(arithmetic.judge) == "arithmetic.judge"
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), ZeroDivisionError()])
-def test_a_judge_that_exits_is_named(error):
-  def judge(*_):
-    raise error
-
-  with pytest.raises(RewardError, match=re.escape(repr(error))):
-    judge_all(judge, COMPLETIONS, EXAMPLES)
 
 
 def test_strict_or_numeric_is_the_judges_matter(rollout_of):
