@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from rlft.algorithms import best_of_n, grpo, ppo, sft
+from rlft.algorithms import best_of_n, dpo, grpo, ppo, sft
 from rlft.algorithms import expert_iteration as ei
 from rlft.algorithms import return_conditioned as rc
 from rlft.core.types import Example, Reward, Verdict
 from rlft.models.hub import MINI, load
 from rlft.rewards.verifiable import make_reward
 from rlft.tasks import arithmetic
+from rlft.tasks.preferences import Preference
 from rlft.training.optimizer import OptimizerConfig
 
 PROMPTS = [Example(i, "a" if i % 2 else "b", "", "") for i in range(8)]
@@ -109,3 +110,19 @@ def test_the_embedded_model(method, old_logp):
   else:
     result = ppo.run(policy, problems, reward, ppo.PPOConfig(**how, epochs=1))
   sound(result, policy.params)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_a_reference_that_is_given_computes_as_the_policy_does(tiny, method):
+  """Of the same weights: what bfloat16 rounds away is no KL, and no margin."""
+  if method == "grpo":
+    config = grpo.preset("grpo", **SHARED | {"iterations": 1}, old_logp="recompute")
+    result = grpo.run(tiny, PROMPTS, pay, config, reference=tiny)
+    assert result.iterations[0]["kl/sequence"] == 0
+    return
+  pairs = [Preference(i, "a", "a" * (1 + i), "b" * (1 + i)) for i in range(8)]
+  config = dpo.DPOConfig(
+    optimizer=RATE, beta=5.0, batch_size=8, compute_dtype="bfloat16"
+  )
+  result = dpo.run(tiny, pairs, config, tiny)
+  assert abs(result.margins[0]) < 1e-3  # 0.025 of a reference in float32
