@@ -23,7 +23,7 @@ from typing import Any
 
 from rlft.core.errors import ConfigError, DataError
 from rlft.tasks import jsonl
-from rlft.text.encode import Prompt, is_messages
+from rlft.text.encode import Prompt, is_messages, says
 
 _log = logging.getLogger(__name__)
 
@@ -306,6 +306,11 @@ def _reply(row: dict[str, Any], name: str) -> tuple[Prompt, str]:
     )
   *before, last = messages
   (text,) = _texts({name: last.get("content")}, name)
+  if any(map(str.strip, says(last)[1:])):
+    raise DataError(
+      f"{name!r} says more than its content, {says(last)[1]!r:.60}: preferences are "
+      "of texts; write it into the content."
+    )
   prompt = row.get("prompt")
   if prompt is None:  # the side is the whole dialogue
     prompt = before

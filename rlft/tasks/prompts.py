@@ -10,6 +10,7 @@ from typing import Any
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example
 from rlft.tasks import jsonl
+from rlft.text.encode import is_completion, is_messages
 
 Prompts = str | os.PathLike[str] | Iterable[Any]
 _OWN = ("id", "prompt", "answer", "solution")
@@ -77,9 +78,9 @@ def _pair(row: Any, where: str) -> Any:
     return row
   if "prompt" not in row and isinstance(row.get("messages"), Sequence):
     *before, last = row["messages"] or [None]
-    if not before or last.get("role") != "assistant":
+    if not before or not is_messages([last]) or last["role"] != "assistant":
       raise DataError(f"{where}, column 'messages' does not end with the assistant")
-    row = {"prompt": before, "completion": [last]}
+    row = {**row, "prompt": before, "completion": [last]}
   prompt = _columns(row, where)["prompt"]
   name = next((n for n in ("completion", "solution") if n in row), None)
   if name is None:
@@ -87,11 +88,18 @@ def _pair(row: Any, where: str) -> Any:
       f"{where} has no column 'completion', only {', '.join(map(repr, row))}"
     )
   completion = row[name]
-  alone = isinstance(completion, Sequence) and len(completion) == 1
-  if alone and isinstance(completion[0], Mapping):  # a message of the assistant
-    completion = completion[0].get("content")
+  if is_messages(completion) and len(completion) == 1:
+    completion = completion[0]
+  if isinstance(completion, Mapping) and is_completion(completion):
+    more = {k for k, x in completion.items() if x and k not in ("role", "content")}
+    if more or not isinstance(completion.get("content"), str):
+      return prompt, completion  # it reasons, or calls a tool
+    completion = completion["content"]
   if not isinstance(completion, str):
-    raise DataError(f"{where}, column {name!r} is {completion!r:.200}: give a text")
+    raise DataError(
+      f"{where}, column {name!r} is {completion!r:.200}: give a text, or one message "
+      "of the assistant"
+    )
   return prompt, completion
 
 
@@ -151,6 +159,12 @@ def _columns(row: Any, where: str) -> dict[str, Any]:
       "one with the texts"
     )
   _check(row["prompt"], f"{where}, column 'prompt'")
+  if row.get("tools") and not isinstance(row["prompt"], str):
+    raise DataError(
+      f"{where} has a column 'tools', which chat templates are not given here: make "
+      "its prompt a text with tokenizer.apply_chat_template(prompt, tools=tools, "
+      "add_generation_prompt=True, tokenize=False), or leave the column out"
+    )
   for name in row:
     if name in _TAKEN or not isinstance(name, str):
       raise DataError(
@@ -166,15 +180,22 @@ def _check(prompt: Any, where: str) -> None:
   if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
     raise DataError(f"{where} is {prompt!r:.200}: give a text or a list of messages")
   for i, message in enumerate(prompt):
-    role, content = (
-      message.get(name) if isinstance(message, Mapping) else None
-      for name in ("role", "content")
-    )
-    if not isinstance(role, str) or not isinstance(content, str):
+    if not is_messages([message]) or not _has_content(message):
       raise DataError(
         f"{where}, message {i} is {message!r:.200}: a message is "
         '{"role": "user", "content": "..."}, both texts'
       )
+
+
+def _has_content(message: Mapping) -> bool:
+  """Whether a message has a text, parts with texts, or calls tools instead."""
+  content = message.get("content")
+  if content is None:
+    return bool(message.get("tool_calls"))
+  parts = content if isinstance(content, Sequence) else ()
+  return isinstance(content, str) or (
+    len(parts) > 0 and all(isinstance(part, Mapping) for part in parts)
+  )
 
 
 def _usable(id: Any) -> bool:

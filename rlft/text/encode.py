@@ -20,6 +20,8 @@ from rlft.text.render import Rendering, render
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 Completion = str | Message | Sequence[Message] | Sequence[int]
+# Where a message has what was thought before its content.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def encode_prompts(
@@ -149,6 +151,24 @@ def is_completion(value: Any) -> bool:
   return isinstance(value, str | tuple | list)
 
 
+def says(completion: Completion) -> list[str]:
+  """The texts that a completion says, but for ids: a message may also reason and call.
+
+  They are what a template must show: content, reasoning, names of called functions.
+  """
+  if is_messages(completion) and len(completion) == 1:
+    completion = completion[0]
+  if isinstance(completion, str):
+    return [completion]
+  if not isinstance(completion, Mapping):
+    return []
+  texts = [completion.get(name) for name in _REASONING]
+  for call in completion.get("tool_calls") or ():
+    call = call.get("function", call) if isinstance(call, Mapping) else None
+    texts.append(call.get("name") if isinstance(call, Mapping) else None)
+  return [_said(completion), *(text for text in texts if isinstance(text, str))]
+
+
 # ------------------------------------------------------------------ what was given
 
 
@@ -198,6 +218,9 @@ def _said(completion: str | Message) -> str:
   if isinstance(completion, str):
     return completion
   content = completion.get("content")
+  if isinstance(content, list | tuple):  # parts
+    parts = [x.get("text") if isinstance(x, Mapping) else x for x in content]
+    return "".join(x for x in parts if isinstance(x, str))
   return content if isinstance(content, str) else ""
 
 
@@ -276,7 +299,7 @@ def _replies(
   ):
     whole[i] = seen
   return [
-    _reply_ids(own, tokenizer, eos_ids, ends, o, w, _said(r))
+    _reply_ids(own, tokenizer, eos_ids, ends, o, w, r)
     for o, w, r in zip(opened, whole, replies)
   ]
 
@@ -300,17 +323,19 @@ def _reply_at(seen: Rendering, said: str, ends: Mapping[str, int]):
   return start, end, cut
 
 
-def _reply_ids(own, tokenizer, eos_ids, ends, opened, seen, said) -> list[int]:
+def _reply_ids(own, tokenizer, eos_ids, ends, opened, seen, reply) -> list[int]:
+  said = _said(reply)
   start, end, cut = _reply_at(seen, said, ends)
   closed = any(seen.text[:cut].endswith(e) for e in ends) and cut > end
   close = [] if closed else [_own_end(tokenizer, eos_ids)]
   head = len(opened.text)
   if seen.text.startswith(opened.text) and start >= head:
-    if not _holds(seen.text[head:cut], said):
-      raise ConfigError(
-        "the chat template drops a part of what an assistant says, which would not be "
-        f"trained: {said!r:.100} becomes {seen.text[head:cut]!r:.100}"
-      )
+    for text in says(reply):
+      if not _holds(seen.text[head:cut], text):
+        raise ConfigError(
+          "the chat template drops a part of what an assistant says, which would not "
+          f"be trained: {text!r:.100} becomes {seen.text[head:cut]!r:.100}"
+        )
     before, ids = _chat_ids(own, opened), _chat_ids(own, seen, cut)
     if ids[: len(before)] == before:
       return ids[len(before) :] + close
@@ -324,6 +349,12 @@ def _reply_ids(own, tokenizer, eos_ids, ends, opened, seen, said) -> list[int]:
     pairs = enumerate(zip(opened.text, seen.text))
     more = opened.text[next((i for i, (a, b) in pairs if a != b), head) :]
     said = said.removeprefix(more) if more.strip() else said
+    if any(text.strip() for text in says(reply)[1:]):
+      raise ConfigError(
+        "the chat template does not begin the assistant's turn as its generation "
+        f"prompt does: what is said beside the content ({says(reply)[1]!r:.60}) cannot "
+        "follow it; write it into the content"
+      )
     text, spans = said + seen.text[end:cut], [(0, len(said))]
   if own.pattern.search(text):
     return own.guarded(text, spans, inside=True) + close

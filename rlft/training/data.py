@@ -30,6 +30,7 @@ from rlft.text.encode import (
   encode_prompts,
   is_completion,
   is_messages,
+  says,
 )
 
 __all__ = ["completion_end", "encode_prompts"]  # also asked for here
@@ -100,7 +101,9 @@ def encode_rows(
     raise DataError("no training rows")
   pairs = [_pair(row, i) for i, row in enumerate(rows)]
   whole = [
-    (p, c) for p, c in pairs if (c.strip() if isinstance(c, str) else len(c) > 0)
+    (p, c)
+    for p, c in pairs
+    if (any(map(str.strip, texts)) if (texts := says(c)) else len(c) > 0)
   ]
   if not whole:
     raise DataError(f"all {len(rows)} training rows have an empty completion")

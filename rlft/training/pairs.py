@@ -87,10 +87,15 @@ def encode_pairs(
   Raises:
     DataError: there are no pairs, a pair has equal or blank sides, or none can be used.
   """
-  preferences = without_prompts(list(preferences))
+  preferences = list(preferences)
   if not preferences:
     raise DataError("no preferences")
   for one in preferences:
+    if not isinstance(one.chosen, str) or not isinstance(one.rejected, str):
+      raise DataError(
+        f"the preference with id {one.id} has sides that are no texts, "
+        f"{one.chosen!r:.60}: give rows with messages as dicts"
+      )
     if not one.chosen.strip() or not one.rejected.strip():
       raise DataError(f"the preference with id {one.id} has a blank side")
     if one.chosen.strip() == one.rejected.strip():
@@ -98,6 +103,7 @@ def encode_pairs(
         f"the preference with id {one.id} has two equal sides, {one.chosen!r:.60}: "
         "nothing can be learned from it; remove it"
       )
+  preferences = without_prompts(preferences)
   texts = [(one.prompt, one.chosen) for one in preferences]
   texts += [(one.prompt, one.rejected) for one in preferences]
   rows = encode_rows(tokenizer, eos_ids, texts, max_length=_ENDLESS, chat=chat)

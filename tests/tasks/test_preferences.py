@@ -99,6 +99,10 @@ def test_messages(tmp_path, row, prompt):
       "'chosen' do not answer the prompt",
     ),
     ({"chosen": [USER, says(" ")], "rejected": [USER, says("r")]}, "is blank"),
+    (
+      {"chosen": [USER, says("c") | {"thinking": "w"}], "rejected": [USER, says("r")]},
+      "'chosen' says more than its content, 'w'",
+    ),
   ],
 )
 def test_messages_that_are_no_preference(tmp_path, row, message):

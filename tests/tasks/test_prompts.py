@@ -113,9 +113,34 @@ def test_training_rows(tmp_path):
     ({"prompt": "a"}, "prompt 0 has no column 'completion'"),
     ({"prompt": "a", "completion": 3}, "column 'completion' is 3"),
     ({"messages": CHAT}, "does not end with the assistant"),
+    ({"messages": ["a", "b"]}, "does not end with the assistant"),
+    ({"prompt": CHAT, "completion": CHAT[1:]}, "'role': 'user'.*give a text, or one"),
+    ({"messages": [*CHAT, said], "tools": [{"type": "function"}]}, "a column 'tools'"),
   ):
     with pytest.raises(DataError, match=message):
       as_rows([bad])
+
+
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+
+
+def test_messages_may_reason_and_call_tools():
+  """All of a message is trained and shown, or it is refused: never a part of it."""
+  said = {"role": "assistant", "content": "2"}
+  for last in (
+    said | {"reasoning_content": "1 + 1 is 2"},
+    said | CALL,
+    {"role": "assistant", "content": None, **CALL},
+  ):
+    assert as_rows([{"messages": [*CHAT, last]}]) == [(CHAT, last)]
+    assert as_rows([{"prompt": CHAT, "completion": last}]) == [(CHAT, last)]
+  # A data set of Arrow has every key in every message.
+  assert as_rows([{"messages": [*CHAT, said | {"tool_calls": None}]}]) == [(CHAT, "2")]
+  turns = [*CHAT, {"role": "assistant", **CALL}, {"role": "tool", "content": "2"}]
+  parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+  assert [e.prompt for e in as_examples([turns, parts])] == [turns, parts]
+  with pytest.raises(DataError, match=r"message 0.*both texts"):
+    as_examples([[{"role": "user", "content": ["hi"]}]])
 
 
 def test_preferences():

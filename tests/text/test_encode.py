@@ -247,6 +247,44 @@ def test_templates_that_lose_what_was_said(assistant, message):
     encode_completions(byte_tokenizer(template), 257, [([user("q")], "why</think>so")])
 
 
+CALLS = (
+  "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"
+  "{{ m.reasoning_content }}</think>{% endif %}{{ m.content or '' }}"
+  "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+  "<|im_end|>\n{% endfor %}" + OPENS
+)
+CALL = {"function": {"name": "add", "arguments": {"a": "é"}}}
+
+
+@pytest.mark.parametrize(
+  ("more", "text"),
+  [
+    ({"reasoning_content": "why"}, "<think>why</think>so"),
+    ({"tool_calls": [CALL]}, 'so<call>{"name": "add", "arguments": {"a": "é"}}</call>'),
+    ({"content": [{"type": "text", "text": "parts"}]}, "parts"),
+    ({"name": "Bot"}, "so"),
+  ],
+)
+def test_a_reply_may_reason_and_call_tools(more, text):
+  template = CALLS.replace("m.content or ''", "m.content[0].text or m.content or ''")
+  tokenizer = byte_tokenizer(template)
+  end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+  row = ([user("q")], reply("so") | more)
+  ((_, ids),) = encode_completions(tokenizer, [end], [row])
+  assert tokenizer.decode(ids) == text + "<|im_end|>"
+  if text == "so":
+    return
+  for poor in (CHATML, CHATML.replace("m['content']", "m['content'][0].x or 'so'")):
+    with pytest.raises(ConfigError, match=r"drops a part|cannot be rendered"):
+      encode_completions(byte_tokenizer(poor), [end], [row])
+  opens = CALLS.replace("<think>{{ m.reas", "<t>{{ m.reas").replace(
+    "assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"
+  )
+  if "reasoning_content" in more:
+    with pytest.raises(ConfigError, match="write it into the content"):
+      encode_completions(byte_tokenizer(opens), [end], [row])
+
+
 def test_the_end_of_a_turn_may_be_text():
   template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n<end>\n{% endfor %}"
   tokenizer = byte_tokenizer(template)

@@ -227,6 +227,10 @@ def test_empty_completions_are_dropped_and_counted(plain_tokenizer, caplog):
   assert "3 of 4 training rows have an empty completion" in caplog.text
   with pytest.raises(DataError, match="all 3 training rows have an empty completion"):
     encode(plain_tokenizer, rows[1:])
+  # Messages too: of an empty one its end alone would be trained.
+  for said in ("", " \n", None, []):
+    blank = {"role": "assistant", "content": said}
+    assert len(encode(plain_tokenizer, [rows[0], ("c", blank), ("d", [blank])])) == 1
 
 
 def test_no_rows(plain_tokenizer):

@@ -57,6 +57,7 @@ def test_what_is_dropped_is_counted(caplog):
     (("one", " two", " two "), "id 8 has two equal sides, ' two'"),
     (("one", " ", " two"), "id 8 has a blank side"),
     (("one", " two", ""), "id 8 has a blank side"),
+    (("one", [{"role": "assistant", "content": "two"}], "x"), "id 8 .*no texts"),
   ],
 )
 def test_pairs_that_teach_nothing(row, message):
