@@ -13,13 +13,13 @@ sampled solutions, 7 minutes of one core:
   | before | .33 [.24, .42] | .33 [.25, .42] | .22 [.17, .26] | .70 [.60, .79] |
   | after  | .62 [.52, .71] | .66 [.57, .75] | .46 [.39, .52] | .90 [.84, .96] |
 
-With rows that the length limit cut scored as any other (`ppo.truncated="score"`) it came
-to .63 [.54, .72], .64 [.55, .73], .47 [.40, .53] and .91 [.85, .96]: no difference, for
-48 tokens cut hardly a row. An earlier version, which drew other minibatches from the same
-seed, came to .69 [.60, .78] greedy@1 and .92 pass@16.
+With rows that the length limit cut scored as any other (`ppo.truncated="score"`) it
+came to .63 [.54, .72], .64 [.55, .73], .47 [.40, .53] and .91 [.85, .96]: no
+difference, for 48 tokens cut hardly a row. An earlier version, which drew other
+minibatches from the same seed, came to .69 [.60, .78] greedy@1 and .92 pass@16.
 
-There, at half the learning rate greedy@1 came to .62 [.52, .71]; at three times it the policy
-left the reference (KL above 3) and gained slowly.
+There, at half the learning rate greedy@1 came to .62 [.52, .71]; at three times it the
+policy left the reference (KL above 3) and gained slowly.
 """
 
 from ml_collections import ConfigDict

@@ -89,11 +89,13 @@ class Study:
   pretrain: sft.SFTConfig = dataclasses.field(default_factory=sft.SFTConfig)
   pretrain_prompts: int = 0
   mesh: runs.MeshConfig = dataclasses.field(default_factory=runs.MeshConfig)
-  task: runs.TaskConfig = dataclasses.field(default_factory=runs.TaskConfig)
+  task: runs.TaskConfig = dataclasses.field(
+    default_factory=lambda: runs.TaskConfig(train=1024)
+  )
   arms: tuple[str, ...] = ARMS
   starts: tuple[str, ...] = ("sft",)
   seeds: int = 1
-  budget: int = 8000
+  budget: int = 8192
   accept: str = "consistent"
   sft: sft.SFTConfig = dataclasses.field(default_factory=sft.SFTConfig)
   ei: ei.EIConfig = dataclasses.field(default_factory=ei.EIConfig)

@@ -167,6 +167,7 @@ def make_policy(config: ModelConfig, mesh: MeshConfig, trained: int = 1) -> Poli
     )
   model = Decoder(decoder, mesh=grid)
   params = init_params(model.clone(mesh=None), rng.key(config.seed, rng.Purpose.INIT))
+  params = jax.tree.map(lambda x: x.astype(config.dtype), params)
   if grid is not None:
     layout = tree_shardings(grid, param_axes(model), param_shapes(model))
     params = hosts.spread(params, layout)

@@ -22,6 +22,10 @@ def compare(workdir: Path, *words: str) -> int:
   return main(["compare", f"--config={CONFIG}:smoke", f"--workdir={workdir}", *words])
 
 
+def test_the_defaults_can_be_run():
+  assert command.Study().task.train * 8 == command.Study().budget
+
+
 @pytest.mark.slow
 def test_a_study_and_its_resumption(tmp_path, capsys):
   """All arms from both starts; what is done stays done."""

@@ -90,6 +90,13 @@ def test_a_run_that_finds_other_devices_than_expected_ends():
     runs.make_policy(runs.ModelConfig(), MeshConfig(devices=64))
 
 
+def test_random_weights_have_the_dtype_that_was_set():
+  small = dataclasses.replace(LARGE, vocab_size=0)
+  model = runs.ModelConfig(decoder=small, dtype="bfloat16")
+  params = runs.make_policy(model, MeshConfig(data=8, fsdp=1, tensor=1)).params
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+
+
 def test_what_is_written_may_be_in_the_home_directory(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.chdir(tmp_path)
