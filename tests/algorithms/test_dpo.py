@@ -78,18 +78,22 @@ def by_hand(policy, pair, mean):
   return np.array(out, np.float64)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo"])
-def test_first_loss_is_the_formula(policy, stranger, pairs, kind):
+@pytest.mark.parametrize("kind, smoothing", [("dpo", 0.0), ("dpo", 0.2), ("ipo", 0.0)])
+def test_first_loss_is_the_formula(policy, stranger, pairs, kind, smoothing):
   """Against another reference, over the real pairs of a batch that is filled up."""
   few = pairs[:5]
-  result = dpo.train(policy, few, dataclasses.replace(CONFIG, kind=kind), stranger)
+  config = dataclasses.replace(CONFIG, kind=kind, label_smoothing=smoothing)
+  result = dpo.train(policy, few, config, stranger)
   ratios = [
     by_hand(policy, pair, kind == "ipo") - by_hand(stranger, pair, kind == "ipo")
     for pair in few
   ]
   h = np.array([chosen - rejected for chosen, rejected in ratios])
   assert np.abs(h).max() > 0.1  # or nothing is tested
-  expected = np.log1p(np.exp(-0.5 * h)) if kind == "dpo" else (h - 1) ** 2
+  expected = (h - 1) ** 2
+  if kind == "dpo":
+    lost = lambda x: np.log1p(np.exp(-0.5 * x))
+    expected = (1 - smoothing) * lost(h) + smoothing * lost(-h)
   assert result.losses == pytest.approx([expected.mean()], rel=1e-4)
   assert result.accuracies == pytest.approx([(h > 0).mean()])
   assert result.margins == pytest.approx([0.5 * h.mean()], rel=1e-3)
@@ -110,6 +114,18 @@ def test_learns_an_order_that_holds_for_other_pairs(trained):
   assert after.margin[1] > 0
   assert after.likelier[0] > before.likelier[0]
   assert trained.reference_seconds < trained.seconds
+
+
+def test_held_out_prompts_count_alike_whatever_their_pairs(policy, stranger, pairs):
+  """A prompt with many pairs is one prompt."""
+  many = [dataclasses.replace(pair, prompt="7") for pair in pairs[:5]]
+  alone = dataclasses.replace(pairs[5], prompt="12")
+  config = dataclasses.replace(CONFIG, batch_size=4)
+  held = {"both": [*many, alone], "many": many, "alone": [alone]}
+  found = dpo.train(policy, pairs[:4], config, stranger, dev=held).before
+  mean = {name: one.margin[0] for name, one in found.items()}
+  assert found["both"].pairs == 6 and abs(mean["many"] - mean["alone"]) > 0.01
+  assert mean["both"] == pytest.approx((mean["many"] + mean["alone"]) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])

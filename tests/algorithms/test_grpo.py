@@ -135,6 +135,20 @@ def test_dynamic_sampling_draws_until_groups_differ(tiny):
   assert enough.iterations[0]["groups/draws"] == 1
 
 
+def test_a_group_that_differs_in_cut_rows_alone_is_an_equal_one(tiny):
+  """Where those do not train, it has no gradient: others are drawn in its place."""
+
+  def ended(rollout, examples):
+    value = np.where(rollout.finished, np.float32(0), np.arange(16, dtype=np.float32))
+    return Reward(value, np.ones(16, bool))
+
+  for masks, draws in ((True, 3), (False, 1)):
+    config = settings("dapo", dynamic_sampling=2, mask_truncated=masks)
+    (stats,) = grpo.run(tiny, PROMPTS, ended, config).iterations
+    assert stats["groups/draws"] == draws
+    assert stats["groups/equal"] == stats["advantage/equal_groups"] == masks
+
+
 def test_joined_groups_are_the_rows_that_were_sampled(tiny):
   """Prompts of other lengths in the second draw: nothing moves against its mask."""
   sample = lambda texts, step: rollouts.sample(
@@ -220,6 +234,8 @@ def test_micro_batches_change_nothing(tiny):
     grpo.run(tiny, PROMPTS, pay, settings(micro_batches=n, epochs=2)) for n in (1, 4)
   ]
   assert change(each[0].policy, each[1].policy) < 1e-5
+  tokens = 16 * each[0].iterations[0]["completion/length_mean"]  # of both epochs
+  assert each[0].update_tokens == each[1].update_tokens == 2 * round(tokens)
   assert each[0].iterations[0]["ratio_max"] > 1.001  # the second epoch
 
 

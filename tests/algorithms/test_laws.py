@@ -346,14 +346,15 @@ def test_the_rate_decays_to_nothing_at_the_last_update(tiny):
 
 def test_a_critics_warmup_does_not_spend_the_policys_rate(tiny):
   shape = PPO_RUN | {"iterations": 4, "epochs": 1, "minibatches": 2, "optimizer": FAST}
-  config = ppo.PPOConfig(**shape, value_optimizer=FAST, critic_warmup=2)
+  slower = dataclasses.replace(FAST, learning_rate=1e-2)  # and each has its own
+  config = ppo.PPOConfig(**shape, value_optimizer=slower, critic_warmup=2)
   last = ppo.run(tiny, EXAMPLES, pay, config).iterations
   rates = [one["learning_rate"] for one in last[2:]]
   np.testing.assert_allclose(
     rates, [3e-2 * (1 + 3 / 4) / 2, 3e-2 * (1 / 2 + 1 / 4) / 2]
   )
   critic = [one["value/learning_rate"] for one in last]
-  right = [3e-2 * (1 - (2 * i + 0.5) / 8) for i in range(4)]
+  right = [1e-2 * (1 - (2 * i + 0.5) / 8) for i in range(4)]
   np.testing.assert_allclose(critic, right, rtol=1e-5)
 
 

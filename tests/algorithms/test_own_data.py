@@ -137,6 +137,30 @@ def test_messages_are_prompts(tiny):
   assert rollout.tokens[0][rollout.mask[0]][:3].tolist() == [2, 1, 2]
 
 
+def test_supervised_methods_train_on_prompts_as_they_are_sampled(tiny):
+  """With `chat` in the template, here "b" behind what a user says."""
+  tokenizer = copy.deepcopy(tiny.tokenizer)
+  tokenizer.chat_template = (
+    "{% for m in messages %}{{ m['content'] }}{{ 'b' if m['role'] == 'user' }}"
+    "{% endfor %}"
+  )
+  chatty = dataclasses.replace(tiny, tokenizer=tokenizer)
+  methods = {
+    sft: TRAIN,
+    dpo: dpo.DPOConfig(TRAIN.optimizer, batch_size=4),
+    reward_model: reward_model.RewardModelConfig(TRAIN.optimizer, batch_size=4),
+  }
+  for module, config in methods.items():
+    config = dataclasses.replace(config, epochs=2)
+    losses = {}
+    for prompt, chat in (("a", True), ("ab", False), ("a", False)):
+      pairs = [{"prompt": prompt, "chosen": "ab", "rejected": "b"}] * 4
+      rows = [(prompt, "ab")] * 4 if module is sft else pairs
+      one = dataclasses.replace(config, chat=chat)
+      losses[prompt, chat] = module.run(chatty, rows, one).losses[-1]
+    assert losses["a", True] == losses["ab", False] != losses["a", False]
+
+
 def test_generate_and_evaluate_read_data_sets(tiny):
   rows = [{"prompt": "a", "id": 9}, {"prompt": "b", "id": 4}]
   rollout = generate(tiny, datasets.Dataset.from_list(rows), max_new_tokens=2)

@@ -113,8 +113,9 @@ PPO = {
   "bootstrap": {
     "truncated": "bootstrap", "gamma": 0.9, "gae_lambda": 0.6, "kl_estimator": "k3",
     "whiten_advantages": False, "kl_target": 1.0, "kl_horizon": 96,
+    "loss": ppo.PPOLoss(aggregate="constant"),
   },
-  "mask": {"gamma": 0.8, "loss": ppo.PPOLoss(aggregate="constant")},
+  "mask": {"gamma": 0.8},
 }  # fmt: skip
 
 
@@ -214,12 +215,13 @@ def test_grpo_hands_on_the_reward_less_its_baseline(tiny, handed, name):
   assert np.abs(np.concatenate(apart)).max() > 0.05
 
 
-def run(module, policy, **changes):
+def run(module, policy, dev_score=None, **changes):
   """With a critic that barely moves."""
   if module is grpo:
-    return grpo.run(policy, EXAMPLES, pay, grpo.preset("reinforce", **SMALL | changes))
-  config = ppo.PPOConfig(**SMALL | changes, value_optimizer=STILL)
-  return ppo.run(policy, EXAMPLES, pay, config)
+    config = grpo.preset("reinforce", **SMALL | changes)
+  else:
+    config = ppo.PPOConfig(**SMALL | changes, value_optimizer=STILL)
+  return module.run(policy, EXAMPLES, pay, config, dev_score=dev_score)
 
 
 @pytest.mark.parametrize("module", [grpo, ppo])
@@ -279,3 +281,21 @@ def test_a_seed_is_of_prompts_noise_and_minibatches(tiny, handed, module, monkey
   halves = [sorted(one.batch.tokens.tolist()) for one in handed]
   assert sorted(halves[0] + halves[1]) == sorted(halves[4] + halves[5])
   assert halves[0] != halves[4]
+
+
+@pytest.mark.parametrize("module", [grpo, ppo])
+@pytest.mark.parametrize(
+  ("scores", "best"), [((1, 0, 3, 2), 2), ((3, 2, 1, 0), 0), ((1, 1, 1, 1), 0)]
+)
+def test_a_run_returns_what_was_best_on_the_dev_split(tiny, module, scores, best):
+  """The start counts, and of equal ones the first."""
+  seen, left = [], iter(scores)
+
+  def dev_score(policy):
+    seen.append(jax.device_get(policy.params))
+    return next(left)
+
+  result = run(module, tiny, iterations=3, eval_every=1, dev_score=dev_score)
+  jax.tree.map(np.testing.assert_array_equal, result.policy.params, seen[best])
+  assert not np.array_equal(seen[1]["head"], seen[2]["head"])
+  assert [score for _, score in result.history] == list(scores)

@@ -171,9 +171,13 @@ def test_merged_equals_unmerged(model, params, lora, batch):
   apart = logp_of(model, params, *batch, lora)
   np.testing.assert_allclose(logp_of(model, merged, *batch), apart, atol=1e-5)
   before = paths(params)
-  targeted = {path[:-2] + "/kernel" for path in paths(lora)}
+  factors = paths(lora)
+  targeted = {path[:-2] + "/kernel" for path in factors}
   for path, leaf in paths(merged).items():
     assert (leaf is before[path]) == (path not in targeted), path
+    if path in targeted:  # W + alpha / r a b
+      a, b = (factors[path.removesuffix("kernel") + name] for name in "ab")
+      np.testing.assert_allclose(leaf, before[path] + 12.0 / 4 * (a @ b), atol=1e-5)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(merge_lora(half, lora, 1.0))}

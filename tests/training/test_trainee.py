@@ -72,6 +72,8 @@ def test_what_was_given_and_what_was_exported_outlive_updates(policy, step, lora
 def test_adapters_begin_as_nothing_and_merge_as_they_score(policy, step):
   trainee = Trainee(policy, RATE, 3, lora=LORA, seed=1)
   assert equal(trainee.merged().params, copies(policy.params))
+  other = Trainee(policy, RATE, 3, lora=LORA, seed=2)
+  assert not equal(trainee.adapted()[1], copies(other.adapted()[1]))
   update(trainee, step)
   tokens = np.arange(8, dtype=np.int32)[None]
   logp = lambda policy, lora=None: np.asarray(
