@@ -172,10 +172,13 @@ MODELS = {
     **_NEOX, use_parallel_residual=True, rope_parameters=_rope(1e4)
   ),
   "gpt_neox_serial": lambda: tf.GPTNeoXConfig(
-    **(_NEOX | {"hidden_act": "gelu_fast"}),
+    # A head size that is no multiple of the number of heads, as in GPT-NeoX-20B.
+    **(
+      _NEOX | {"hidden_size": 30, "num_attention_heads": 3, "hidden_act": "gelu_fast"}
+    ),
     use_parallel_residual=False,
-    # 3 of 8 features, which are rotated in pairs: 4.
-    rope_parameters=_rope(1e4, partial_rotary_factor=0.4),
+    # 5 of 10 features, which are rotated in pairs: 6.
+    rope_parameters=_rope(1e4, partial_rotary_factor=0.5),
   ),
   "opt": lambda: tf.OPTConfig(**_OPT, do_layer_norm_before=True),
   "opt_350m": lambda: tf.OPTConfig(

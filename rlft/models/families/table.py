@@ -59,9 +59,8 @@ class Weight:
     blocks = config.heads if self.per_head else 1
     rows = rows.reshape(blocks, -1, *rows.shape[1:])
     sizes = [getattr(config, name) for name in self.sizes]
-    unit = rows.shape[1] // sum(sizes)
-    start = unit * sum(sizes[: self.part])
-    return rows[:, start : start + unit * sizes[self.part]]
+    ends = [rows.shape[1] * sum(sizes[:n]) // sum(sizes) for n in range(len(sizes) + 1)]
+    return rows[:, ends[self.part] : ends[self.part + 1]]
 
   def take(self, tensor: np.ndarray, config: DecoderConfig) -> np.ndarray:
     """The parameter in the tensor, a view where that is possible."""
