@@ -67,6 +67,7 @@ def call(function: Callable, columns: dict[str, list]) -> dict[str, Any]:
         # One more than there are rows is enough: a generator may have no end.
         known = hasattr(values, "__len__")
         values = list(values if known else itertools.islice(values, count + 1))
+        values = [_number(value) for value in values]
     except BaseException as error:
       if not stopping:
         return raised(error)
@@ -82,7 +83,7 @@ def call(function: Callable, columns: dict[str, list]) -> dict[str, Any]:
     )
   if message:
     return {"kind": "count", "message": message, "traceback": "", "error": None}
-  return {"values": [_number(value) for value in values]}
+  return {"values": values}
 
 
 def _is_list(values: Any) -> bool:
@@ -173,7 +174,7 @@ def _number(value: Any) -> float | list[str] | None:
   try:
     strange = isinstance(value, str | bytes) or getattr(value, "ndim", 0)
     number = math.nan if strange else float(value)
-  except Exception:  # of any kind: the value is a stranger
+  except BaseException:  # of any kind: the value is a stranger
     number = math.nan
   # Rewards are float32: a larger number would become infinite later, unseen.
   return number if abs(number) <= MAX_FLOAT32 else [_show(value)]
@@ -182,7 +183,7 @@ def _number(value: Any) -> float | list[str] | None:
 def _show(value: Any) -> str:
   try:
     return f"{value!r:.200}"
-  except Exception:  # an int of 5,000 digits has no text
+  except BaseException:  # an int of 5,000 digits has no text
     return f"a {type(value).__name__} that cannot be printed"
 
 

@@ -231,9 +231,17 @@ def test_whatever_a_function_raises_costs_its_row(rollout, error):
       raise error
     return [1.0] * len(completions)
 
-  reward = compose([rude])(rollout, EXAMPLES)
-  assert reward.judged.tolist() == [True, False, True, True]
-  assert reward.counts["failed"] == 1
+  class Rude:  # a value that raises when it is read, or printed
+    def __float__(self):
+      raise error
+
+    __repr__ = __float__
+
+  gives = lambda *, completions, **_: [Rude() if c == "bb" else 1 for c in completions]
+  for function in (rude, gives):
+    reward = compose([function])(rollout, EXAMPLES)
+    assert reward.judged.tolist() == [True, False, True, True]
+    assert reward.counts["failed"] == 1
 
 
 @pytest.mark.parametrize("swallows", [False, True])
