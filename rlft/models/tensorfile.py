@@ -29,7 +29,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-_CHUNK = 32 << 20  # bytes read at once, of float32
+_CHUNK = 8 << 20  # bytes read at once, of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TensorFile:
 
     Args:
       name: a tensor of this file.
-      whole: in one piece, instead of 8 million numbers in rows at a time.
+      whole: in one piece, instead of 2 million numbers in rows at a time.
 
     Yields:
       (index of the first row, rows), in the dtype of the file.

@@ -811,13 +811,14 @@ def test_peak_memory_of_safetensors(tmp_path, stored):
   hf |= {"vocab_size": 40000, "hidden_size": 640, "head_dim": 160}
   hf |= {"intermediate_size": 1600, "num_hidden_layers": 6}
   family = families.resolve(hf)
-  shapes = weights._flat(decoder.param_shapes(decoder.Decoder(family.from_hf(hf))))
+  config = family.from_hf(hf)
+  shapes = weights._flat(decoder.param_shapes(decoder.Decoder(config)))
   tensors = {}
   for weight in family.weights:
     if weight.path in shapes:
       shape = shapes[weight.path].shape
       for layer in range(shape[0]) if weight.stacked else (0,):
-        inner = weight.hf_shape(shape[1:] if weight.stacked else shape)
+        inner = weight.hf_shape(shape[1:] if weight.stacked else shape, config)
         tensors[weight.name.format(layer)] = (np.dtype(stored), inner)
   values = (np.full(shape, 0.5, dtype) for dtype, shape in tensors.values())
   tensorfile.write(tmp_path / "model.safetensors", tensors, values)
