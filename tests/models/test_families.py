@@ -384,6 +384,11 @@ _PYTHIA = {
         "windows": (262144,) * 32,
       },
     ),
+    (_QWEN25 | {"use_sliding_window": True, "sliding_window": None}, {"windows": ()}),
+    (_GEMMA2 | {"hidden_activation": "gelu"}, {"activation": "gelu"}),
+    (_GEMMA3 | {"hidden_activation": "gelu"}, {"activation": "gelu"}),
+    # The base has a name of its own, and that of other families is not read.
+    (_PYTHIA | {"rotary_emb_base": 500, "rope_theta": 700.0}, {"rope_theta": 500.0}),
     (_PYTHIA, {"rope_fraction": 0.25, "parallel_residual": True, "qkv_bias": True}),
   ],
 )
@@ -472,6 +477,17 @@ def test_the_tanh_approximation_has_many_names():
   names = ("new", "fast", "accurate", "python_tanh", "pytorch_tanh")
   assert {table.activation(f"gelu_{name}") for name in names} == {"gelu_tanh"}
   assert table.activation("gelu_python") == table.activation("gelu") == "gelu"
+
+
+def test_a_stretch_beside_the_rotary_settings_of_each_kind_of_layer():
+  far = {"rope_type": "default", "rope_theta": 1e6}
+  hf = _GEMMA3 | {"rope_parameters": {"full_attention": far, "sliding_attention": {}}}
+  with pytest.raises(
+    CheckpointError, match="'rope_type' is 'linear' in 'rope_scaling'"
+  ):
+    families.resolve(hf).from_hf(hf)
+  del far["rope_type"]
+  assert families.resolve(hf).from_hf(hf).rope_scaling == RopeScaling("linear", 8.0)
 
 
 def test_layer_types_must_fit():

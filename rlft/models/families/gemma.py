@@ -27,7 +27,7 @@ _SANDWICH = (
 def _settings(hf: dict[str, Any], **other: Any) -> dict[str, Any]:
   bias = bool(hf.get("attention_bias", False))
   hf = {"head_dim": 256, "tie_word_embeddings": True} | hf
-  shared = llama.settings(hf, activation="gelu_tanh", **other)
+  shared = llama.settings(hf, **{"activation": "gelu_tanh"} | other)
   return shared | {
     "norm_offset": 1.0,
     "embed_scale": math.sqrt(shared["width"]),
@@ -71,22 +71,24 @@ def _window(hf: dict[str, Any]) -> int | None:
 
 def _gemma_from_hf(hf: dict[str, Any]) -> DecoderConfig:
   # Published Gemma 1 configs say "gelu", but were trained with the tanh approximation.
-  _known_activation(hf.get("hidden_activation") or hf.get("hidden_act"))
-  return DecoderConfig(**_settings(hf))
-
-
-def _known_activation(name: str | None) -> None:
+  name = hf.get("hidden_activation") or hf.get("hidden_act")
   if name not in (None, "gelu", "gelu_pytorch_tanh"):
     raise CheckpointError(
       f"config.json: Gemma's activation is gelu_pytorch_tanh, but it says {name!r}"
     )
+  return DecoderConfig(**_settings(hf))
+
+
+def _activation(hf: dict[str, Any]) -> str:
+  return table.activation(hf.get("hidden_activation") or "gelu_pytorch_tanh")
 
 
 def _gemma2_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-  _known_activation(hf.get("hidden_activation"))
   local = [i % 2 == 0 for i in range(table.size(hf, "num_hidden_layers"))]
   return DecoderConfig(
-    **_settings(hf, windows=table.windows(hf, local, _window(hf))),
+    **_settings(
+      hf, activation=_activation(hf), windows=table.windows(hf, local, _window(hf))
+    ),
     norm_placement="sandwich",
     attention_scale=_scale(hf),
     attention_softcap=_cap(hf, "attn_logit_softcapping", 50.0),
@@ -95,7 +97,6 @@ def _gemma2_from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-  _known_activation(hf.get("hidden_activation"))
   parameters = hf.get("rope_parameters") or {}
   if not isinstance(parameters, dict):
     raise CheckpointError(f"config.json: 'rope_parameters' is {parameters!r}")
@@ -109,8 +110,11 @@ def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
       "sliding_attention": {"rope_theta": near_base},
     }
   near, far = (
-    table.rope_parameters({"rope_parameters": parameters.get(kind)})
-    for kind in ("sliding_attention", "full_attention")
+    table.rope_parameters({"rope_parameters": parameters.get(kind), **stretch})
+    for kind, stretch in (
+      ("sliding_attention", {}),
+      ("full_attention", {"rope_scaling": hf.get("rope_scaling")}),
+    )
   )
   dim = table.size(hf, "head_dim", 256)
   near_hf = {k: v for k, v in hf.items() if k != "rope_theta"}
@@ -123,7 +127,12 @@ def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
   local = [(i + 1) % pattern != 0 for i in range(table.size(hf, "num_hidden_layers"))]
   shared = {k: v for k, v in hf.items() if k not in ("rope_parameters", "rope_scaling")}
   return DecoderConfig(
-    **_settings(shared, rope=far, windows=table.windows(hf, local, _window(hf))),
+    **_settings(
+      shared,
+      activation=_activation(hf),
+      rope=far,
+      windows=table.windows(hf, local, _window(hf)),
+    ),
     norm_placement="sandwich",
     qk_norm=True,
     attention_scale=_scale(hf),

@@ -43,7 +43,8 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   head_dim = table.head_size(hf, width, heads)
   fraction = table.rotary_share(hf, head_dim, "rotary_pct", 0.25)
   base = table.positive(hf, "rotary_emb_base", 1e4)
-  theta, scaling = table.rope(hf, rotary_size(head_dim, fraction), theta=base)
+  other = {k: v for k, v in hf.items() if k != "rope_theta"}  # of other families
+  theta, scaling = table.rope(other, rotary_size(head_dim, fraction), theta=base)
   return DecoderConfig(
     vocab_size=table.size(hf, "vocab_size"),
     width=width,

@@ -11,7 +11,7 @@ from rlft.models.families.table import Family
 
 def _windows(hf: dict[str, Any]) -> tuple:
   # The window is written to config.json even where it is switched off.
-  if not hf.get("use_sliding_window", False):
+  if not hf.get("use_sliding_window") or hf.get("sliding_window", 0) is None:
     return ()
   layers = table.size(hf, "num_hidden_layers")
   first = table.size(hf, "max_window_layers", 28, least=0)
