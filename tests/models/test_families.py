@@ -473,6 +473,25 @@ def test_a_number_that_is_none_is_named(name):
   assert read > 60  # else nothing was read
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_switch_that_is_none_is_named(name):
+  """The text "false" is true in Python: a model would have been another one."""
+  hf = json.loads((GOLDEN / name / "config.json").read_text())
+  family, read = families.resolve(hf), 0
+  config = family.from_hf(hf)
+  switches = {key for key, value in hf.items() if isinstance(value, bool)}
+  for key in switches | {"tie_word_embeddings"}:
+    for wrong in ("false", "true", 2, 1.0, [False], {}):
+      try:
+        found = family.from_hf(hf | {key: wrong})
+      except CheckpointError as error:
+        assert key in str(error) and repr(wrong) in str(error), wrong
+        read += 1
+      else:
+        assert found == config, f"{key}={wrong!r} is taken for a switch"
+  assert read >= 6  # else nothing was read
+
+
 def test_the_tanh_approximation_has_many_names():
   names = ("new", "fast", "accurate", "python_tanh", "pytorch_tanh")
   assert {table.activation(f"gelu_{name}") for name in names} == {"gelu_tanh"}

@@ -25,7 +25,7 @@ _SANDWICH = (
 
 
 def _settings(hf: dict[str, Any], **other: Any) -> dict[str, Any]:
-  bias = bool(hf.get("attention_bias", False))
+  bias = table.flag(hf, "attention_bias", False)
   hf = {"head_dim": 256, "tie_word_embeddings": True} | hf
   shared = llama.settings(hf, **{"activation": "gelu_tanh"} | other)
   return shared | {

@@ -38,7 +38,7 @@ _WEIGHTS = (
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   table.refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
   width, heads = table.size(hf, "n_embd"), table.size(hf, "n_head")
-  scaled = hf.get("scale_attn_weights", True)
+  scaled = table.flag(hf, "scale_attn_weights", True)
   return DecoderConfig(
     vocab_size=table.size(hf, "vocab_size"),
     width=width,
@@ -57,7 +57,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     mlp_bias=True,
     positions="learned",
     attention_scale=None if scaled else 1.0,
-    tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+    tie_embeddings=table.flag(hf, "tie_word_embeddings", True),
   )
 
 

@@ -65,7 +65,7 @@ def settings(hf: dict[str, Any], partial: bool = False, **other: Any) -> dict[st
     "rope_theta": theta,
     "rope_fraction": fraction,
     "rope_scaling": scaling,
-    "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+    "tie_embeddings": table.flag(hf, "tie_word_embeddings", False),
   }
   return shared | other
 
@@ -92,8 +92,8 @@ def to_settings(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
-  bias = bool(hf.get("attention_bias", False))
-  mlp_bias = bool(hf.get("mlp_bias", False))
+  bias = table.flag(hf, "attention_bias", False)
+  mlp_bias = table.flag(hf, "mlp_bias", False)
   return DecoderConfig(**settings(hf), qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 

@@ -39,7 +39,7 @@ _WEIGHTS = (
 
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
-  bias = bool(hf.get("attention_bias", True))
+  bias = table.flag(hf, "attention_bias", True)
   head_dim = table.head_size(hf, width, heads)
   fraction = table.rotary_share(hf, head_dim, "rotary_pct", 0.25)
   base = table.positive(hf, "rotary_emb_base", 1e4)
@@ -56,7 +56,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     max_positions=table.max_positions(hf, scaling),
     norm="layer",
     norm_eps=table.positive(hf, "layer_norm_eps", 1e-5),
-    parallel_residual=bool(hf.get("use_parallel_residual", True)),
+    parallel_residual=table.flag(hf, "use_parallel_residual", True),
     activation=table.activation(hf.get("hidden_act") or "gelu"),
     gated_mlp=False,
     qkv_bias=bias,
@@ -65,7 +65,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     rope_theta=theta,
     rope_fraction=fraction,
     rope_scaling=scaling,
-    tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+    tie_embeddings=table.flag(hf, "tie_word_embeddings", False),
   )
 
 

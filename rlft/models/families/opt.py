@@ -33,9 +33,9 @@ _WEIGHTS = (
 def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
   table.refuse(hf, layer_norm_elementwise_affine=True)
   width, heads = table.size(hf, "hidden_size"), table.size(hf, "num_attention_heads")
-  before = bool(hf.get("do_layer_norm_before", True))
+  before = table.flag(hf, "do_layer_norm_before", True)
   embed = table.size(hf, "word_embed_proj_dim", width)
-  bias = bool(hf.get("enable_bias", True))
+  bias = table.flag(hf, "enable_bias", True)
   return DecoderConfig(
     vocab_size=table.size(hf, "vocab_size"),
     width=width,
@@ -48,7 +48,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     norm="layer",
     norm_eps=1e-5,  # torch's default; not in config.json
     norm_placement="pre" if before else "post",
-    final_norm=before and not hf.get("_remove_final_layer_norm", False),
+    final_norm=before and not table.flag(hf, "_remove_final_layer_norm", False),
     activation=table.activation(hf.get("activation_function") or "relu"),
     gated_mlp=False,
     qkv_bias=bias,
@@ -57,7 +57,7 @@ def _from_hf(hf: dict[str, Any]) -> DecoderConfig:
     positions="learned",
     position_offset=2,
     embed_width=None if embed == width else embed,
-    tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+    tie_embeddings=table.flag(hf, "tie_word_embeddings", True),
   )
 
 

@@ -11,7 +11,10 @@ from rlft.models.families.table import Family
 
 def _windows(hf: dict[str, Any]) -> tuple:
   # The window is written to config.json even where it is switched off.
-  if not hf.get("use_sliding_window") or hf.get("sliding_window", 0) is None:
+  if (
+    not table.flag(hf, "use_sliding_window", False)
+    or hf.get("sliding_window", 0) is None
+  ):
     return ()
   layers = table.size(hf, "num_hidden_layers")
   first = table.size(hf, "max_window_layers", 28, least=0)
@@ -35,7 +38,7 @@ def _qwen2_from_hf(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def _qwen3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
-  bias = bool(hf.get("attention_bias", False))
+  bias = table.flag(hf, "attention_bias", False)
   shared = llama.settings({"head_dim": 128} | hf, windows=_windows(hf))
   return DecoderConfig(**shared, qkv_bias=bias, out_bias=bias, qk_norm=True)
 

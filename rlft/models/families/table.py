@@ -194,6 +194,16 @@ def number(hf: dict[str, Any], key: str, default: float | None) -> float:
   return float(value)
 
 
+def flag(hf: dict[str, Any], key: str, default: bool) -> bool:
+  """A switch of config.json, off where it is null; `default` where it is absent."""
+  value = hf.get(key, default)
+  if value not in (True, False, None) or isinstance(value, float):  # "false" is true
+    raise CheckpointError(
+      f"config.json: {key!r} is {value!r:.80}; it must be true or false"
+    )
+  return bool(value)
+
+
 def activation(name: Any) -> str:
   """Our name of an activation."""
   if not isinstance(name, str) or name not in _ACTIVATIONS:
