@@ -509,6 +509,12 @@ def test_a_stretch_beside_the_rotary_settings_of_each_kind_of_layer():
   assert families.resolve(hf).from_hf(hf).rope_scaling == RopeScaling("linear", 8.0)
 
 
+def test_rotary_settings_for_no_kind_of_layer():
+  hf = _GEMMA3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+  with pytest.raises(CheckpointError, match=r"of Gemma 3 are those of .*full_att"):
+    families.resolve(hf).from_hf(hf)
+
+
 def test_layer_types_must_fit():
   hf = _GEMMA3 | {"layer_types": ["sliding_attention", "chunked_attention"]}
   with pytest.raises(CheckpointError, match=r"2 entries for 26.*chunked_attention"):

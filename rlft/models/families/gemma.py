@@ -100,10 +100,13 @@ def _gemma3_from_hf(hf: dict[str, Any]) -> DecoderConfig:
   parameters = hf.get("rope_parameters") or {}
   if not isinstance(parameters, dict):
     raise CheckpointError(f"config.json: 'rope_parameters' is {parameters!r}")
-  if not parameters.keys() & {
-    "full_attention",
-    "sliding_attention",
-  }:  # before version 5
+  kinds = {"full_attention", "sliding_attention"}
+  if parameters and not parameters.keys() & kinds:
+    raise CheckpointError(
+      f"config.json: 'rope_parameters' of Gemma 3 are those of {sorted(kinds)}, and "
+      f"not {sorted(parameters)}"
+    )
+  if not parameters:  # before version 5
     near_base = table.positive(hf, "rope_local_base_freq", 1e4)
     parameters = {
       "full_attention": table.rope_parameters(hf),
