@@ -133,8 +133,6 @@ def start(workdir, *more, command="grpo", signalled=None):
     text=True,
     env=os.environ | {"XLA_FLAGS": ""},
     start_new_session=True,
-    # A test in the background ignores Ctrl-C, and what it starts would too.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
   )
 
 
@@ -179,7 +177,10 @@ def kept(tmp_path_factory):
   """What one process compiled, the next ones load, as with every command."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(compiled.VARIABLE, str(tmp_path_factory.mktemp("compiled")))
+    # A test in the background ignores Ctrl-C, and what it starts would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
