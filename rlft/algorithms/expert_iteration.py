@@ -44,7 +44,7 @@ from rlft.rewards.verifiable import (
 )
 from rlft.sampling.generate import generate
 from rlft.tasks.prompts import Prompts, as_examples, opened
-from rlft.training import rollouts
+from rlft.training import prompt_set, rollouts
 from rlft.training.data import encode_prompts
 from rlft.training.metrics import PhaseTimers
 from rlft.training.progress import OnEvent, listener
@@ -332,7 +332,8 @@ def run(
     if stop and not progress.over(config):
       saving.end(done)
 
-  found = saving.restore(arrays()) if saving is not None else None
+  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples, grows=True)
+  found = saving.restore(arrays(), same) if saving is not None else None
   if found is not None:
     progress = _Progress.of(found.meta)
     if progress.rounds:
@@ -347,6 +348,7 @@ def run(
     with timers.phase("evaluation"):
       progress.best_score = dev_score(policy)
   earlier = progress.seconds
+  progress.prompts = {} if saving is None else prompt_set.facts(examples)
   while not progress.over(config):
     index = len(progress.rounds) + 1
     name = f"round {index} of {config.rounds}"
@@ -426,6 +428,7 @@ class _Progress:
     half: those of a round that is sampled and judged, and not trained yet.
     best_score, best_round: by dev score; round 0 is the start.
     seconds: wall clock.
+    prompts: facts of those that are sampled; {} where nothing is saved.
   """
 
   solutions: list[Solution] = dataclasses.field(default_factory=list)
@@ -434,6 +437,7 @@ class _Progress:
   best_score: float | None = None
   best_round: int = 0
   seconds: float = 0.0
+  prompts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, meta: Mapping[str, Any]) -> _Progress:

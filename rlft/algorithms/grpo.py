@@ -358,7 +358,7 @@ def run(
   tell = listener(on_event, config.iterations)
   run_ = _Run(policy, examples, config, reference)
   one = lambda index: run_.iterate(index, reward, tell)
-  return loop(one, run_, policy, config, dev_score, tell, saving)
+  return loop(one, run_, policy, examples, config, dev_score, tell, saving)
 
 
 _advantages = jax.jit(group_advantage, static_argnums=(2, 3, 4))

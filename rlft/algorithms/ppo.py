@@ -459,7 +459,7 @@ def run(
     )
     return run_.iterate(index, prompts, reward, tell)
 
-  result = loop(one, run_, policy, config, dev_score, tell, saving)
+  result = loop(one, run_, policy, examples, config, dev_score, tell, saving)
   if config.value == "separate":
     result.value = run_.value_model()
   return result

@@ -33,7 +33,7 @@ from rlft.algorithms import sft
 from rlft.core import rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import Purpose, check_seed
-from rlft.core.types import Rollout
+from rlft.core.types import Example, Rollout
 from rlft.models.hub import Policy
 from rlft.models.tokens import add_tokens
 from rlft.rewards.forms import judge_and_reward, verdicts_by
@@ -42,7 +42,7 @@ from rlft.sampling.conditioned import BAD, GOOD, generate_conditioned, label_id
 from rlft.sampling.generate import generate
 from rlft.sampling.stops import compile_stops, decode_completion
 from rlft.tasks.prompts import Prompts, as_examples, opened
-from rlft.training import rollouts
+from rlft.training import prompt_set, rollouts
 from rlft.training.data import (
   TokenRow,
   encode_prompts,
@@ -385,7 +385,7 @@ def run(
     stats["not_judged"] = len(kept) - len(solutions)
     return solutions, stats | _counts(solutions, "labelled")
 
-  solutions, stats = _once(labelled, labels)
+  solutions, stats = _once(labelled, labels, examples)
   rows = list(sft_rows) if config.mix_sft else []
   if not rows and not stats["labelled_good"]:
     raise DataError(
@@ -431,10 +431,13 @@ def run(
 
 
 def _once(
-  labelled: Callable[[], tuple[list[Labelled], dict[str, Any]]], saving: Saving | None
+  labelled: Callable[[], tuple[list[Labelled], dict[str, Any]]],
+  saving: Saving | None,
+  examples: Sequence[Example],
 ) -> tuple[list[Labelled], dict[str, Any]]:
   """The labelled solutions and their statistics: made, or those that were saved."""
-  found = saving.restore({}) if saving is not None else None
+  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples)
+  found = saving.restore({}, same) if saving is not None else None
   if found is not None:
     plain = lambda x: tuple(x) if isinstance(x, list) else x  # JSON has no tuples
     rows = [{k: plain(x) for k, x in one.items()} for one in found.meta["solutions"]]
@@ -442,7 +445,8 @@ def _once(
   solutions, stats = labelled()
   if saving is not None:
     rows = [dataclasses.asdict(one) for one in solutions]
-    saving.checkpoints.save(1, {}, {"solutions": rows, "stats": stats})
+    meta = {"solutions": rows, "stats": stats, "prompts": prompt_set.facts(examples)}
+    saving.checkpoints.save(1, {}, meta)
     saving.checkpoints.wait()
     if saving.asked_to_stop():
       saving.end("sampling and labelling")

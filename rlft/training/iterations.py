@@ -25,7 +25,7 @@ from rlft.core.errors import ConfigError, DataError, StoppedError
 from rlft.core.types import Example
 from rlft.models.hub import Policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
-from rlft.training import advice, facts, rollouts
+from rlft.training import advice, facts, prompt_set, rollouts
 from rlft.training.divergence import Guard
 from rlft.training.metrics import PhaseTimers
 from rlft.training.optimizer import check_patterns
@@ -127,6 +127,7 @@ def loop(
   one: Callable[[int], dict[str, float]],
   state: State,
   start: Policy,
+  examples: Sequence[Example],
   config: Any,
   dev_score: Callable[[Policy], float] | None,
   tell: Callable[[str, dict[str, Any]], None],
@@ -139,7 +140,8 @@ def loop(
       it) and "update_tokens", which are summed here.
     state: what `one` trains.
     start: the policy before the first iteration, as it was given.
-    config: gives `iterations` and `eval_every`.
+    examples: the prompts of `rollouts.prompts_of`.
+    config: gives `iterations`, `eval_every`, and what decides the prompts' order.
     dev_score: of a policy; None keeps the last.
     tell: gets ("iteration", metrics); and ("resume", {"iterations": done}) where a
       checkpoint was found.
@@ -147,6 +149,7 @@ def loop(
 
   Raises:
     DivergenceError: of a guard, after `tell` has had the iteration's metrics.
+    CheckpointError: the saved run has other prompts, or takes them in other numbers.
     StoppedError: `saving` was asked to stop, and the state is saved.
   """
   began, timers = time.perf_counter(), state.timers
@@ -156,7 +159,10 @@ def loop(
     own = {"run": state.arrays()}
     return own if best is None else own | {"best": best.params}
 
-  found = saving.restore(arrays()) if saving is not None else None
+  order = {"prompts_per_iteration": config.prompts_per_iteration, "seed": config.seed}
+  prompts = {} if saving is None else prompt_set.facts(examples, **order)
+  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples, **order)
+  found = saving.restore(arrays(), same) if saving is not None else None
   if found is not None:
     state.go_on(found.arrays["run"], found.meta["run"])
     progress = _Progress(**found.meta["progress"])
@@ -194,6 +200,7 @@ def loop(
     stop = saving is not None and saving.asked_to_stop()
     if saving is not None and (last or stop or done % saving.every == 0):
       meta = {"run": state.notes(), "progress": dataclasses.asdict(progress)}
+      meta["prompts"] = prompts
       with timers.phase("checkpoint"):
         saving.checkpoints.save(done, arrays(), meta, stats)
     if stop and not last:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from rlft.core.errors import ConfigError, StoppedError
@@ -38,11 +38,17 @@ class Saving:
     if self.every < 1:
       raise ConfigError(f"every={self.every}: at least 1")
 
-  def restore(self, like: Any) -> Checkpoint | None:
-    """The checkpoint to go on from; None at the start of a run."""
+  def restore(
+    self, like: Any, check: Callable[[Mapping[str, Any]], None] = lambda meta: None
+  ) -> Checkpoint | None:
+    """The checkpoint to go on from; None at the start of a run.
+
+    `check` gets what is saved beside the arrays, and raises where it refuses the run.
+    """
     self.on_begin()
     found = self.checkpoints.restore(like, strict=self.strict)
     if found is not None:
+      check(found.meta)
       self.on_restore(found)
     self.on_allowed()
     return found

@@ -14,6 +14,7 @@ import pytest
 
 from rlft.algorithms import dpo, grpo, ppo, reward_model, sft
 from rlft.algorithms import expert_iteration as ei
+from rlft.algorithms import return_conditioned as rc
 from rlft.core.errors import CheckpointError, StoppedError
 from rlft.core.mesh import make_mesh, tree_shardings
 from rlft.core.types import Example, Reward, Verdict
@@ -426,3 +427,69 @@ def test_the_start_can_be_what_is_kept(tiny, tmp_path):
       )
     assert len(found.rounds) == 1
     assert_equal(found.policy.params, tiny.params)
+
+
+def ended_early(run, tiny, prompts, path, config, reward=pay):
+  """The run until its first checkpoint."""
+  with Checkpointer(path) as checkpoints, pytest.raises(StoppedError):
+    run(tiny, prompts, reward, config, saving=Saving(checkpoints, stop=lambda: True))
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo, an optax transformation"])
+def test_other_prompts_are_refused(name, tiny, tmp_path):
+  """The order hangs on them: some would come twice, others never."""
+  run, config = RUNS[name]
+  ended_early(run, tiny, PROMPTS, tmp_path, config)
+  new = Example(6, "a", "", "")
+  relabelled = [dataclasses.replace(e, id=e.id + 1) for e in PROMPTS]
+  allowed = []
+
+  def again(prompts, **changes):
+    with Checkpointer(tmp_path) as checkpoints:
+      saving = Saving(
+        checkpoints, stop=lambda: True, on_allowed=lambda: allowed.append(1)
+      )
+      run(tiny, prompts, pay, dataclasses.replace(config, **changes), saving=saving)
+
+  for prompts in ([*PROMPTS, new], PROMPTS[:5], PROMPTS[::-1], relabelled):
+    with pytest.raises(CheckpointError, match=r"6 training prompts.* are others"):
+      again(prompts)
+  for name, value, was in (("prompts_per_iteration", 3, 2), ("seed", 1, 0)):
+    with pytest.raises(CheckpointError, match=f"with {name}={was}, and with {name}="):
+      again(PROMPTS, **{name: value})
+  assert not allowed  # before anything is written
+  with pytest.raises(StoppedError):
+    again(PROMPTS)
+
+
+def test_solutions_stay_with_their_prompts(tiny, tmp_path):
+  """Of other prompts they would be trained behind the wrong ones, unseen."""
+  config = EI_RUNS["base"]
+  ended_early(ei.run, tiny, PROMPTS, tmp_path, config, judge)
+  new = Example(6, "ab", "", "")
+
+  def again(prompts):
+    with Checkpointer(tmp_path) as checkpoints:
+      return ei.run(tiny, prompts, judge, config, saving=Saving(checkpoints))
+
+  for prompts in (PROMPTS[:5], PROMPTS[::-1], [new, *PROMPTS]):
+    with pytest.raises(CheckpointError, match="with new ones at their end only"):
+      again(prompts)
+  first, second, _ = again([*PROMPTS, new]).rounds  # of the first, the old ones
+  assert second["samples"] > first["samples"]
+
+
+def test_labelled_solutions_are_of_the_same_prompts(tmp_path):
+  made = []
+
+  def labelled():
+    made.append(1)
+    return [], {"samples": 6}
+
+  def again(prompts):
+    with Checkpointer(tmp_path) as checkpoints:
+      return rc._once(labelled, Saving(checkpoints), prompts)
+
+  assert again(PROMPTS) == again(PROMPTS) == ([], {"samples": 6}) and len(made) == 1
+  with pytest.raises(CheckpointError, match=r"7 that .* are others"):
+    again([*PROMPTS, Example(6, "a", "", "")])
