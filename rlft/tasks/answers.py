@@ -45,7 +45,7 @@ _UNIT_POWER = re.compile(
 )
 # What makes a number another one, right behind it.
 _SCALED = re.compile(
-  r"\s*(?:[+^=<>×÷±√π]|\\(?:d?frac|times|cdot|pi|sqrt|pm|div)"
+  r"\s*(?:[+^=>×÷±√π]|<(?!/[A-Za-z])|\\(?:d?frac|times|cdot|pi|sqrt|pm|div)"
   r"|[-−–*]\s*[A-Za-z](?![A-Za-z])|[kKMBxyi](?![A-Za-z])|(?i:and\s+(?:a|one)\s)"
   r"|(?i:pi|bn|mn|hundred|thousand|million|billion|trillion|tenth|half|halves|dozen"
   r"|squared|cubed)(?:th)?s?(?![A-Za-z]))"

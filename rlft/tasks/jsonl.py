@@ -28,6 +28,8 @@ _NAMED = {
   b"BZh": "compressed by bzip2",
   b"ARROW1": "an Arrow file: give the data set to the library, or write it as jsonl",
   _GZIP: "gzip within gzip",
+  b"\xff\xfe": "UTF-16 text: write it as UTF-8",
+  b"\xfe\xff": "UTF-16 text: write it as UTF-8",
   b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
 }
 

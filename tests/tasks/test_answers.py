@@ -26,7 +26,8 @@ READ = [
   (": 18", "18"), ("# 18", "18"), ("Answer: 18", "18"), ("**The answer is 18.**", "18"),
   ("18 eggs", "18"), ("72, altogether.", "72"), ("$18/day", "18"), ("18th", "18"),
   ("18 m^2", "18"), ("18 cm³", "18"), ("18 boys and girls", "18"), ("١٨", "18"),
-  ("１８", "18"), ("18 kg", "18"), ("18 yards", "18"), ("18 - that is all", "18"),
+  ("１８", "18"), ("18 kg", "18"), ("18</answer>", "18"),
+  ("18 yards", "18"), ("18 - that is all", "18"),
 ]  # fmt: skip
 DOUBTFUL = [
   "", ",", "eighteen", "42 00", "1,80", "5,4", "0,500", "1.234.567", "1.234,5",
@@ -35,7 +36,7 @@ DOUBTFUL = [
   "18\t20", "2 + 3 = 5", "5 x 3 = 15", "18 = 18", "18+", "18 + x", "5x", "18 - y",
   "7 million", "7k", "7 K", "7M", "3 dozen", "3 and a half", "3 hundredths",
   "7 squared", "minus 5", "negative 5", "not 18", "--5", "-(5)", "±5", "√18", "< 18",
-  "18π", "18\\pi",
+  "18π", "18<x", "18</answer>20", "18 </ 2", "18\\pi",
   "\\frac{1}{2}", "\\frac12", "1\\frac{1}{2}", "\\boxed{3}\\boxed{4}", "18 in 2 parts",
   "18万", "①", "18" + " " * 100 + "20", "18" + " a" * 600, "9" * 200,
   "7 hours and ten",
@@ -70,6 +71,7 @@ def test_the_first_mark_and_its_line_count():
     ("\\boxed{18}, which is 9 in two days.", "18"),
     ("\\boxed{9} a day: \\boxed{\\text{18 eggs}}", "18"),
     ("The answer is 18.", "18"),
+    ("<think>9 * 2</think>\n<answer>18</answer>", "18"),
     ("9 * 2 = 18\n\n**Final answer: $18**\n\nI hope that helps!", "18"),
     ("So she makes $18 every day.", "18"),
     ("It is -18.", "-18"),

@@ -71,6 +71,7 @@ def test_lines_that_are_arrays_are_values_of_lines(tmp_path):
     (b"PK\x03\x04rest", "is a zip archive"),
     (b"\x28\xb5\x2f\xfdrest", "compressed by zstd"),
     (b"BZh9rest", "compressed by bzip2"),
+    ("{}\n".encode("utf-16"), "is UTF-16 text"),
     (b"version https://git-lfs.github.com/spec/v1\noid 0\n", "pointer of Git LFS"),
     (gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "gzip within gzip"),
     (b"PAR1rest", "no whole parquet file"),
