@@ -24,6 +24,7 @@ Letters: B rows, T tokens, C completion columns.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -199,6 +200,16 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def _meant(name: str, names: list[str]) -> str:
+  """What an unknown setting may have meant: a part's field, or one of like name."""
+  for part, owner in (("loss", GRPOLoss), ("optimizer", OptimizerConfig)):
+    if any(name == field.name for field in dataclasses.fields(owner)):
+      return f"; it is one of {part}={owner.__name__}({name}=...)"
+  near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  return f"{hint} (settings: {', '.join(names)})"
+
+
 def preset(name: str, **changes: Any) -> GRPOConfig:
   """The settings of "grpo", "dr_grpo", "dapo", "rloo" or "reinforce".
 
@@ -208,6 +219,9 @@ def preset(name: str, **changes: Any) -> GRPOConfig:
   """
   if name not in _PRESETS:
     raise ConfigError(f"preset {name!r}: choose one of {tuple(_PRESETS)}")
+  names = [field.name for field in dataclasses.fields(GRPOConfig)]
+  for one in changes.keys() - set(names):
+    raise ConfigError(f"GRPO has no setting {one!r}{_meant(one, names)}")
   settings, loss = _PRESETS[name]
   return GRPOConfig(**{"loss": GRPOLoss(**loss), **settings, **changes})
 

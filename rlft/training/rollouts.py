@@ -107,7 +107,8 @@ def prompts_of(
   size = len(examples)
   if count > size:
     raise ConfigError(
-      f"prompts_per_iteration={count}, but there are only {size} training prompts"
+      f"prompts_per_iteration={count}, but there are only {size} training prompts: "
+      "set it to at most that, or give more prompts"
     )
   per_epoch = size // count
   epoch, at = divmod(iteration, per_epoch)

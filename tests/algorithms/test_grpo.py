@@ -261,6 +261,14 @@ def test_settings_that_cannot_be(tiny, changes, message, monkeypatch):
 def test_prompts_and_presets_that_cannot_be(tiny):
   with pytest.raises(ConfigError, match="choose one of"):
     grpo.preset("gspo2")
+  for name, meant in (
+    ("iteration", "did you mean 'iterations'"),
+    ("kl_coef", r"loss=GRPOLoss\(kl_coef=\.\.\.\)"),
+    ("learning_rate", r"optimizer=OptimizerConfig\(learning_rate=\.\.\.\)"),
+    ("group_size", r"\(settings: .*samples_per_prompt"),
+  ):
+    with pytest.raises(ConfigError, match=f"no setting '{name}'.*{meant}"):
+      grpo.preset("grpo", **{name: 1})
   with pytest.raises(DataError, match="same id"):
     grpo.run(tiny, PROMPT * 2, pay, settings())
 
