@@ -13,6 +13,7 @@ from rlft.core.types import Example, Rollout, Verdict
 from rlft.models.hub import Policy
 from rlft.probes import reasoning
 from rlft.rewards.verifiable import Judge, judge_all, title_of, verdicts_of_all
+from rlft.sampling.conditioned import label_tokens
 from rlft.sampling.generate import generate
 from rlft.sampling.stops import by_stop
 from rlft.tasks.prompts import Prompts, as_examples, opened
@@ -113,9 +114,8 @@ def evaluate(
   mesh, given = policy.model.mesh, len(examples)
   if score is not None and hosts.several():
     raise ConfigError("reranking runs on one host: evaluate without `score`, or there")
-  everybody = usable(
-    policy, examples, config.max_new_tokens, config.chat, config.few_shot
-  )
+  most = config.max_new_tokens + label_tokens(sampler)
+  everybody = usable(policy, examples, most, config.chat, config.few_shot)
   examples, real = hosts.own_evenly(everybody, mesh)
   prompts = encode_prompts(
     policy.tokenizer, opened(examples, config.few_shot), config.chat

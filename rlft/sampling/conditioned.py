@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlft.core.errors import ConfigError
 from rlft.core.types import Rollout
+from rlft.sampling.decode import MOST_AGAIN
 from rlft.sampling.generate import generate
 
 if TYPE_CHECKING:
@@ -41,6 +42,14 @@ def generate_conditioned(
   token = label_id(policy, label)
   forced = [[token]] * len(prompts)
   return generate(policy, prompts, forced=forced, again=tuple(marks), **settings)
+
+
+def label_tokens(sampler: Any) -> int:
+  """The most labels that a sampler puts into a row, which take positions; none of one
+  that is no partial of `generate_conditioned`."""
+  if getattr(sampler, "func", None) is not generate_conditioned:
+    return 0
+  return 1 + (MOST_AGAIN if sampler.keywords.get("marks") else 0)
 
 
 def label_id(policy: Policy, label: str) -> int:

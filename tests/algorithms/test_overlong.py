@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from rlft.algorithms import best_of_n, expert_iteration, grpo, ppo, sft
 from rlft.algorithms import return_conditioned as rc
 from rlft.core.errors import DataError
 from rlft.core.types import Example, Verdict
+from rlft.models.tokens import add_tokens
 from rlft.probes.evaluate import EvalConfig, evaluate
 from rlft.rewards.contract import compose
+from rlft.sampling.conditioned import GOOD, generate_conditioned
 from rlft.training.iterations import check_run
 from rlft.training.outcomes import sample_outcomes
 
@@ -52,6 +56,13 @@ def _evaluate(policy):
   assert found.report["left_out"] == 2 and len(found.greedy) == 3
 
 
+def test_a_label_takes_a_position_too(policy):
+  config = EvalConfig(samples=1, ks=(1,), few_shot="3 " * 59, max_new_tokens=5)
+  under = functools.partial(generate_conditioned, label=GOOD)
+  found = evaluate(add_tokens(policy, (GOOD,)), EXAMPLES, judge, config, sampler=under)
+  assert ids(found.examples) == [13] and found.report["left_out"] == 4
+
+
 def _expert_iteration(policy):
   config = expert_iteration.EIConfig(
     rounds=1, samples_per_prompt=2, train=TRAIN, **SHORT
@@ -79,7 +90,14 @@ def _on_policy(policy):
 
 @pytest.mark.parametrize(
   "method",
-  [_best, _evaluate, _expert_iteration, _return_conditioned, _outcomes] + [_on_policy],
+  [
+    _best,
+    _evaluate,
+    _expert_iteration,
+    _return_conditioned,
+    _outcomes,
+  ]
+  + [_on_policy],
 )
 def test_it_is_left_out_and_named(policy, method, caplog):
   method(policy)
