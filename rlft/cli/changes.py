@@ -36,6 +36,13 @@ MAY_CHANGE = (
 EVALUATION = r"eval\..*|eval_(splits|prompts)|outcomes\.eval_.*|preferences\.other.*"
 
 
+def decides_prompts(path: str) -> bool:
+  """Whether a setting decides which prompts a run has, and when each comes."""
+  return path.partition(".")[0] == "task" or bool(
+    re.fullmatch(r"(ppo|grpo)(\.(seed|prompts_per_iteration))?", path)
+  )
+
+
 def check(
   where: Any, saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Iterable[str]
 ) -> dict[str, tuple[Any, Any]]:

@@ -144,6 +144,7 @@ def saving(
     yield Saving(
       checkpoints,
       every=keep.every,
+      other_prompts=any(changes.decides_prompts(name) for name in allowed),
       strict=keep.strict_resume,
       stop=stop,
       on_begin=stop.begin,

@@ -161,7 +161,11 @@ def loop(
 
   order = {"prompts_per_iteration": config.prompts_per_iteration, "seed": config.seed}
   prompts = {} if saving is None else prompt_set.facts(examples, **order)
-  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples, **order)
+
+  def same(meta):
+    if not saving.other_prompts:
+      prompt_set.check(meta.get("prompts", {}), examples, **order)
+
   found = saving.restore(arrays(), same) if saving is not None else None
   if found is not None:
     state.go_on(found.arrays["run"], found.meta["run"])

@@ -20,6 +20,7 @@ class Saving:
     every: iterations, or updates of supervised training, between checkpoints; the last
       one is always saved.
     strict: whether a damaged checkpoint is an error, see `Checkpointer.restore`.
+    other_prompts: whether PPO and GRPO may go on with other prompts, or another order.
     stop: whether the run should save and end now; of any process of the run.
     on_begin: called when the run begins: from then on it asks `stop`.
     on_restore: gets the checkpoint that the run goes on from.
@@ -29,6 +30,7 @@ class Saving:
   checkpoints: Checkpointer
   every: int = 10
   strict: bool = False
+  other_prompts: bool = False
   stop: Callable[[], bool] = lambda: False
   on_begin: Callable[[], None] = lambda: None
   on_restore: Callable[[Checkpoint], None] = lambda found: None

@@ -444,10 +444,13 @@ def test_other_prompts_are_refused(name, tiny, tmp_path):
   relabelled = [dataclasses.replace(e, id=e.id + 1) for e in PROMPTS]
   allowed = []
 
-  def again(prompts, **changes):
+  def again(prompts, other_prompts=False, **changes):
     with Checkpointer(tmp_path) as checkpoints:
       saving = Saving(
-        checkpoints, stop=lambda: True, on_allowed=lambda: allowed.append(1)
+        checkpoints,
+        other_prompts=other_prompts,
+        stop=lambda: True,
+        on_allowed=lambda: allowed.append(1),
       )
       run(tiny, prompts, pay, dataclasses.replace(config, **changes), saving=saving)
 
@@ -459,7 +462,7 @@ def test_other_prompts_are_refused(name, tiny, tmp_path):
       again(PROMPTS, **{name: value})
   assert not allowed  # before anything is written
   with pytest.raises(StoppedError):
-    again(PROMPTS)
+    again([*PROMPTS, new], other_prompts=True)  # of whoever knows better
 
 
 def test_solutions_stay_with_their_prompts(tiny, tmp_path):

@@ -150,3 +150,19 @@ def test_a_rule_for_what_was_cut_needs_rows_that_train(run, name, taught):
   value = {"score": "score", "False": False}[taught]
   made = dataclasses.replace(made, **{name.split(".")[1]: value})
   run(reward=reward, **{method: made})
+
+
+@pytest.mark.parametrize(
+  ("path", "decides"),
+  [
+    ("task", True),
+    ("task.path", True),
+    ("grpo", True),
+    ("ppo.seed", True),
+    ("grpo.prompts_per_iteration", True),
+    ("grpo.temperature", False),
+    ("reward", False),
+  ],
+)
+def test_what_is_allowed_and_decides_prompts(path, decides):
+  assert changes.decides_prompts(path) == decides
