@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 
 from rlft.algorithms import grpo, ppo
+from rlft.core.errors import StoppedError
 from rlft.core.types import Example, Reward
 from rlft.models import scalar
 from rlft.training import rollouts
+from rlft.training.checkpoint import Checkpointer
 from rlft.training.optimizer import OptimizerConfig
+from rlft.training.saving import Saving
 
 EOS, A, B = 0, 1, 2
 HEAT = 1.5
@@ -215,13 +218,13 @@ def test_grpo_hands_on_the_reward_less_its_baseline(tiny, handed, name):
   assert np.abs(np.concatenate(apart)).max() > 0.05
 
 
-def run(module, policy, dev_score=None, **changes):
+def run(module, policy, dev_score=None, saving=None, **changes):
   """With a critic that barely moves."""
   if module is grpo:
     config = grpo.preset("reinforce", **SMALL | changes)
   else:
     config = ppo.PPOConfig(**SMALL | changes, value_optimizer=STILL)
-  return module.run(policy, EXAMPLES, pay, config, dev_score=dev_score)
+  return module.run(policy, EXAMPLES, pay, config, dev_score=dev_score, saving=saving)
 
 
 @pytest.mark.parametrize("module", [grpo, ppo])
@@ -299,3 +302,19 @@ def test_a_run_returns_what_was_best_on_the_dev_split(tiny, module, scores, best
   jax.tree.map(np.testing.assert_array_equal, result.policy.params, seen[best])
   assert not np.array_equal(seen[1]["head"], seen[2]["head"])
   assert [score for _, score in result.history] == list(scores)
+
+
+def test_what_was_best_before_a_stop_is_still_returned(tiny, tmp_path):
+  seen, left = [], iter((1, 3, 2))  # of the start and of two iterations
+
+  def dev_score(policy):
+    seen.append(jax.device_get(policy.params))
+    return next(left)
+
+  go = lambda saving: run(grpo, tiny, dev_score, saving, eval_every=1)
+  with Checkpointer(tmp_path) as checkpoints, pytest.raises(StoppedError):
+    go(Saving(checkpoints, every=100, stop=lambda: True))
+  with Checkpointer(tmp_path) as checkpoints:
+    result = go(Saving(checkpoints))
+  assert len(seen) == 3 and not np.array_equal(seen[0]["head"], seen[1]["head"])
+  jax.tree.map(np.testing.assert_array_equal, result.policy.params, seen[1])
