@@ -146,7 +146,7 @@ def load(spec: str) -> ConfigDict:
       or anything that the file raises, `SystemExit` too, with its line.
   """
   name, colon, arg = spec.partition(":")
-  path = Path(name).expanduser()
+  path = Path(os.path.expanduser(name))
   if not path.is_file():
     siblings = sorted(map(str, path.parent.glob("*.py")))
     raise ConfigError(

@@ -184,9 +184,9 @@ def _rows(source: Any, split: str) -> Iterator[tuple[str, Any]]:
   if not isinstance(source, (str, os.PathLike)):
     for path in source:
       yield from jsonl.rows(Path(path))
-  elif (path := Path(source).expanduser()).is_dir():
+  elif os.path.isdir(path := Path(os.path.expanduser(source))):
     yield from jsonl.rows(jsonl.of_split(path, split))
-  elif path.exists() or path.name.endswith(jsonl.SUFFIXES):
+  elif os.path.exists(path) or path.name.endswith(jsonl.SUFFIXES):
     yield from jsonl.rows(path)
   elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
     yield from _named_rows(str(source), split)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
   Raises:
     DataError: it cannot be opened, or is none of the kinds of file above.
   """
-  path = Path(path).expanduser()
+  path = Path(os.path.expanduser(path))
   try:
     with path.open("rb") as file:
       if _starts(file, _PARQUET):
@@ -60,7 +61,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def of_split(folder: Path, split: str) -> Path:
   """The file of a split in a directory, `train.jsonl` say, of any kind that is read."""
-  folder = Path(folder).expanduser()
+  folder = Path(os.path.expanduser(folder))
   files = (folder / f"{split}{suffix}" for suffix in SUFFIXES)
   return next((file for file in files if file.is_file()), folder / f"{split}.jsonl")
 

@@ -96,8 +96,8 @@ def load(
     raise ConfigError(f"max_bad_fraction={max_bad_fraction}: from 0 to 1")
   if template.count("{}") != 1:
     raise ConfigError(f"template={template!r}: it must hold {{}} once")
-  path = Path(path).expanduser()
-  if path.is_dir():
+  path = Path(os.path.expanduser(path))
+  if os.path.isdir(path):
     path = jsonl.of_split(path, split)
   found: list[Preference] = []
   bad: list[str] = []

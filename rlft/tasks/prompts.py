@@ -121,8 +121,8 @@ def opened(examples: Sequence[Example], few_shot: str) -> list[Any]:
 def _rows(prompts: Prompts) -> Iterable[tuple[str, Any]]:
   """(place, row) of each row."""
   if isinstance(prompts, str | os.PathLike):
-    path = Path(prompts).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(prompts))
+    if not os.path.isfile(path):  # also for what is too long for a path
       raise DataError(
         f"prompts is one string, {str(prompts)!r:.200}, and no file: {_FORMS}"
       )

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 
 from rlft.core.errors import DataError
-from rlft.tasks import gsm8k, jsonl, preferences
+from rlft.tasks import gsm8k, jsonl, preferences, prompts
 
 ROW = {"a": 1, "text": "x\u2028y \u00e9"}
 LINE = json.dumps(ROW, ensure_ascii=False)
@@ -112,3 +112,10 @@ def test_a_split_may_be_any_kind_of_file(tmp_path, monkeypatch):
   assert gsm8k.load(home, split="test")[0].answer == "2"
   assert gsm8k.load(f"{home}/test.jsonl.gz")[0].answer == "2"
   assert preferences.load(home)[0].chosen == "a"
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x.jsonl", "/".join(["long"] * 2000)])
+@pytest.mark.parametrize("load", [gsm8k.load, preferences.load, prompts.as_examples])
+def test_paths_that_cannot_be(path, load):
+  with pytest.raises(DataError):
+    load(path)
