@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rlft.core.errors import ConfigError, DivergenceError
+from rlft.core.errors import ConfigError, DivergenceError, check_kind
 from rlft.core.mesh import batch_shards
 from rlft.core.rng import check_seed
 from rlft.models.decoder import Decoder
-from rlft.models.hub import Policy
+from rlft.models.hub import Policy, check_policy
 from rlft.models.lora import LoRAConfig
 from rlft.models.scalar import check_same_tokenizer
 from rlft.objectives import preference
@@ -465,6 +465,8 @@ train = run  # another name
 
 def check(policy: Policy, config: DPOConfig, reference: Policy | None = None) -> None:
   """Raises `ConfigError` when this policy cannot be trained so; no device work."""
+  check_policy(policy)
+  check_kind("config", config, DPOConfig, "dpo.DPOConfig(...) gives one")
   if policy.tokenizer is None:
     raise ConfigError("the policy has no tokenizer: it cannot be trained on texts")
   if not policy.eos_ids:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.core import hosts, rng
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, check_kind
 from rlft.core.types import Reward, Rollout
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
@@ -154,6 +154,7 @@ class GRPOConfig:
   seed: int = 0
 
   def __post_init__(self):
+    check_kind("loss", self.loss, GRPOLoss, "grpo.GRPOLoss(kl_coef=...) gives one")
     positive = (
       "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
       "epochs", "minibatches", "max_tokens", "max_rows", "eval_every",
@@ -366,6 +367,7 @@ def run(
       losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
+  check_kind("config", config, GRPOConfig, "grpo.preset('grpo', ...) gives one")
   examples = check_run(policy, as_examples(examples), config, reference)
   reward = as_reward(reward, examples)
   _static_loss(config)

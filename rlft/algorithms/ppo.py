@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.core import hosts, rng
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, check_kind
 from rlft.core.types import Example, Reward
 from rlft.models import scalar as scalars
 from rlft.models.decoder import Decoder
@@ -171,6 +171,7 @@ class PPOConfig:
   seed: int = 0
 
   def __post_init__(self):
+    check_kind("loss", self.loss, PPOLoss, "ppo.PPOLoss(...) gives one")
     positive = (
       "iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens",
       "epochs", "minibatches", "kl_horizon", "max_tokens", "max_rows",
@@ -447,6 +448,7 @@ def run(
       losses are not finite.
     CheckpointError, StoppedError: see `training.saving`.
   """
+  check_kind("config", config, PPOConfig, "ppo.PPOConfig(...) gives one")
   examples = check_run(policy, as_examples(examples), config, reference)
   reward = as_reward(reward, examples)
   _check(policy, config, value)

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import jax
 
-from rlft.core.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError, check_kind
 from rlft.core.mesh import batch_shards
 from rlft.core.rng import check_seed
 from rlft.models.decoder import Decoder
-from rlft.models.hub import Policy
+from rlft.models.hub import Policy, check_policy
 from rlft.models.tokens import check_ids
 from rlft.objectives.supervised import cross_entropy
 from rlft.sampling.score import token_logp
@@ -142,6 +142,8 @@ def make_train_step(model: Decoder, optimizer: OptimizerConfig, micro_batches: i
 
 def check(policy: Policy, config: SFTConfig) -> None:
   """Raises `ConfigError` when this policy cannot be trained so; no device work."""
+  check_policy(policy)
+  check_kind("config", config, SFTConfig, "sft.SFTConfig(...) gives one")
   if policy.tokenizer is None:
     raise ConfigError("the policy has no tokenizer: it cannot be trained on texts")
   if not policy.eos_ids:

@@ -52,3 +52,9 @@ class DivergenceError(RlftError):
   ):
     super().__init__(message)
     self.arrays, self.text = dict(arrays or {}), text
+
+
+def check_kind(name: str, value: Any, kind: type, cure: str) -> None:
+  """Raises `ConfigError` where an argument is of another kind than its name says."""
+  if not isinstance(value, kind):
+    raise ConfigError(f"{name} is {value!r:.100}, and no {kind.__name__}: {cure}")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlft.core import mesh as meshes
-from rlft.core.errors import CheckpointError, ConfigError
+from rlft.core.errors import CheckpointError, ConfigError, check_kind
 from rlft.models import families, peft, tensorfile, weights
 from rlft.models.decoder import Decoder, DecoderConfig
 
@@ -101,6 +101,11 @@ class Policy:
     if not self.eos_ids and self.tokenizer is not None:
       eos = self.tokenizer.eos_token_id
       object.__setattr__(self, "eos_ids", () if eos is None else (eos,))
+
+
+def check_policy(policy: Any) -> None:
+  """Raises `ConfigError` where a policy was not loaded, such as the path of one."""
+  check_kind("policy", policy, Policy, "rlft.load(path) gives one, and it comes first")
 
 
 def load(

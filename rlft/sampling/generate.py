@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from rlft.models.decoder import (
   param_shapes,
   unstack_layers,
 )
+from rlft.models.hub import Policy, check_policy
 from rlft.models.tokens import check_ids
 from rlft.sampling import decode as device
 from rlft.sampling.buckets import bucket
@@ -39,9 +40,6 @@ from rlft.sampling.logits import MIN_TEMPERATURE, Sampling
 from rlft.sampling.stops import StopTable, compile_stops, decode_completion
 from rlft.tasks.prompts import Prompts, as_examples, is_data
 from rlft.text.encode import Prompt, encode_prompts, is_text
-
-if TYPE_CHECKING:
-  from rlft.models.hub import Policy
 
 PREFILL_TOKENS = 8192  # prompt tokens prefilled at once, about
 EOS_BUCKET = 8
@@ -193,6 +191,7 @@ def generate(
       leaves no room for `max_new_tokens`. All before any device work.
   """
   began = time.perf_counter()
+  check_policy(policy)
   model, config = policy.model, policy.model.config
   prompts, prompt_ids = _read(prompts, prompt_ids)
   count = len(prompts)

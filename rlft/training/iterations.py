@@ -23,7 +23,7 @@ import numpy as np
 from rlft.core import hosts
 from rlft.core.errors import ConfigError, DataError, StoppedError
 from rlft.core.types import Example
-from rlft.models.hub import Policy
+from rlft.models.hub import Policy, check_policy
 from rlft.models.scalar import ScalarModel, check_same_tokenizer
 from rlft.training import advice, facts, prompt_set, rollouts
 from rlft.training.divergence import Guard
@@ -70,6 +70,7 @@ def check_run(
     ConfigError: the policy cannot end a completion, an iteration's rows cannot be
       divided, or the reference does not fit.
   """
+  check_policy(policy)
   if not examples:
     raise DataError("no training prompts")
   if len({e.id for e in examples}) != len(examples):

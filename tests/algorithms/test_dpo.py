@@ -255,6 +255,10 @@ def test_a_reference_that_reads_less_bounds_the_pairs(policy, stranger, pairs):
 def test_models_that_cannot_be_trained(policy, tiny, pairs):
   with pytest.raises(ConfigError, match="different tokenizers"):
     dpo.train(policy, pairs, CONFIG, tiny)
+  with pytest.raises(ConfigError, match=r"policy is .*no Policy"):
+    dpo.train("mini", pairs, CONFIG)
+  with pytest.raises(ConfigError, match=r"config is .*no DPOConfig"):
+    dpo.train(policy, pairs, {"beta": 0.1})
   with pytest.raises(ConfigError, match="no tokenizer"):
     dpo.train(dataclasses.replace(policy, tokenizer=None), pairs, CONFIG)
   for change, message in (

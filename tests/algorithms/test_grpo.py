@@ -271,6 +271,12 @@ def test_prompts_and_presets_that_cannot_be(tiny):
       grpo.preset("grpo", **{name: 1})
   with pytest.raises(DataError, match="same id"):
     grpo.run(tiny, PROMPT * 2, pay, settings())
+  with pytest.raises(ConfigError, match=r"loss is .*no GRPOLoss"):
+    grpo.preset("grpo", loss={"kl_coef": 0.1})
+  with pytest.raises(ConfigError, match=r"policy is 'mini', and no Policy: rlft\.load"):
+    grpo.run("mini", PROMPTS, pay, settings())
+  with pytest.raises(ConfigError, match=r"config is .*no GRPOConfig: grpo\.preset"):
+    grpo.run(tiny, PROMPTS, pay, {"iterations": 3})
 
 
 @pytest.mark.slow

@@ -489,6 +489,11 @@ def test_rewards_that_do_not_fit(tiny):
     ppo.run(tiny, [], pay, settings())
   with pytest.raises(DataError, match=r"all of 1 .* longer than the 12 tokens"):
     ppo.run(tiny, [Example(0, "a" * 13, "", "")], pay, settings(**TOY))
+  for policy, config in (("mini", settings()), (tiny, {"iterations": 3})):
+    with pytest.raises(ConfigError, match="and no P"):
+      ppo.run(policy, [Example(0, "a", "", "")], pay, config)
+  with pytest.raises(ConfigError, match="no PPOLoss"):
+    settings(loss={"clip_range": 0.2})
   with pytest.raises(ConfigError, match="as_value"):
     one(tiny, critic=scalar.init_scalar(tiny))  # a reward model, not normalised
 

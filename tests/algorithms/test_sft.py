@@ -266,6 +266,10 @@ def test_tokens_that_the_embedding_has_no_row_for(policy, rows):
 
 
 def test_policies_that_cannot_be_trained(policy, rows):
+  with pytest.raises(ConfigError, match=r"policy is .*no Policy"):
+    sft.train("mini", rows, CONFIG)
+  with pytest.raises(ConfigError, match=r"config is .*no SFTConfig"):
+    sft.train(policy, rows, {"epochs": 2})
   with pytest.raises(ConfigError, match="no tokenizer"):
     sft.train(dataclasses.replace(policy, tokenizer=None), rows, CONFIG)
   endless = dataclasses.replace(policy)

@@ -594,6 +594,11 @@ def test_bad_settings(policy, no_device, settings):
   assert compilations() == before
 
 
+def test_a_path_is_no_policy():
+  with pytest.raises(ConfigError, match="policy is 'mini', and no Policy: "):
+    rlft.generate("mini", PROMPTS)
+
+
 @pytest.mark.parametrize("token", [72, -1, 0.5])
 def test_bad_forced_tokens(policy, no_device, token):
   with pytest.raises(DataError, match="forced 2"):
