@@ -143,16 +143,38 @@ def table(
   from rich import box, console, text
   from rich import table as rich_table
 
-  grid = rich_table.Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-  for i, column in enumerate(columns):
-    grid.add_column(column, justify="right" if i else "left", no_wrap=True)
-  for row in rows:
-    # Text, not a str: rich would read "[0.36, 0.46]" as markup.
-    grid.add_row(*(text.Text(cell(value)) for value in row))
+  texts = [[cell(value) for value in row] for row in rows]
   stream = sys.stdout if stream is None else stream
   # In a log there is no width to fit: rich would assume 80 and cut cells off.
-  width = None if stream.isatty() else 200
-  console.Console(file=stream, width=width).print(grid)
+  out = console.Console(file=stream, width=None if stream.isatty() else 200)
+  widths = [
+    max(len(name), *(len(row[i]) for row in texts if i < len(row)), 0)
+    for i, name in enumerate(columns)
+  ]
+  for block in _blocks(widths, out.width):
+    grid = rich_table.Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for i in block:
+      justify = "right" if i else "left"
+      grid.add_column(columns[i], justify=justify, no_wrap=True)
+    for row in texts:
+      # Text, not a str: rich would read "[0.36, 0.46]" as markup.
+      grid.add_row(*(text.Text(row[i]) for i in block if i < len(row)))
+    out.print(grid)
+    title = ""
+
+
+def _blocks(widths: Sequence[int], room: int) -> list[list[int]]:
+  """Columns that stand side by side: a terminal that is too narrow for all shows the
+  first one again before those that are left, and cuts no interval off."""
+  blocks = [[0]]
+  used = edge = 2 + widths[0] + 3
+  for i, width in enumerate(widths[1:], 1):
+    if used + width + 3 > room and len(blocks[-1]) > 1:
+      blocks.append([0])
+      used = edge
+    blocks[-1].append(i)
+    used += width + 3
+  return blocks
 
 
 def cell(value: object) -> str:

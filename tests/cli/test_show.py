@@ -68,6 +68,20 @@ def test_a_table_in_a_log_keeps_every_cell():
   assert lines[-1].split()[-2:] == ["1250", "-"]
 
 
+def test_a_table_in_a_narrow_terminal_cuts_no_interval_off(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "80")
+  monkeypatch.setenv("TERM", "dumb")
+  screen = Terminal()
+  columns = ["split", *(f"metric_{i}" for i in range(6))]
+  rows = [[name, *[(0.41, 0.36, 0.46)] * 6] for name in ("dev", "test")]
+  show.table("Result", columns, rows, stream=screen)
+  text = screen.getvalue()
+  assert "…" not in text and text.count("0.410 [0.360, 0.460]") == 12
+  assert all(text.count(name) == 1 for name in columns[1:])
+  assert text.count("dev") == text.count("test") > 1 == text.count("Result")
+  assert max(map(len, text.splitlines())) <= 80
+
+
 ARMS = {"start": (0.2, 0.1, 0.3), "EI": (0.6, 0.5, 0.7)}
 
 
