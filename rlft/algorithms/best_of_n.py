@@ -29,7 +29,7 @@ from rlft.algorithms import sft
 from rlft.core import rng
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.types import Example
-from rlft.models.hub import Policy
+from rlft.models.hub import Policy, check_policy
 from rlft.objectives.estimates import best_of_n_value, bootstrap_interval
 from rlft.rewards.forms import ONCE, as_reward
 from rlft.tasks.prompts import Prompts, as_examples
@@ -159,6 +159,7 @@ def run(
   reward = as_reward(reward, examples, config=ONCE)
   if len({e.id for e in examples}) != len(examples):
     raise DataError("two prompts have the same id: their noise would be equal")
+  check_policy(policy)
   if not policy.eos_ids:
     raise ConfigError("the policy has no eos_ids: nothing could end a completion")
   began = time.perf_counter()

@@ -10,7 +10,7 @@ from rlft.core import hosts
 from rlft.core.errors import ConfigError
 from rlft.core.rng import Purpose, check_seed
 from rlft.core.types import Example, Rollout, Verdict
-from rlft.models.hub import Policy
+from rlft.models.hub import Policy, check_policy
 from rlft.probes import reasoning
 from rlft.rewards.verifiable import Judge, judge_all, title_of, verdicts_of_all
 from rlft.sampling.conditioned import label_tokens
@@ -110,6 +110,7 @@ def evaluate(
     `Evaluation`; of several processes each samples and judges a part of the prompts,
     and all get the whole.
   """
+  check_policy(policy)
   examples = as_examples(examples)
   mesh, given = policy.model.mesh, len(examples)
   if score is not None and hosts.several():

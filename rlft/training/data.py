@@ -107,17 +107,19 @@ def encode_rows(
   ]
   if not whole:
     raise DataError(f"all {len(rows)} training rows have an empty completion")
-  out = []
+  out, shortest = [], None
   for prompt, completion in encode_completions(tokenizer, eos_ids, whole, chat):
     tokens = (*prompt, *completion)
     if len(tokens) > max_length:
+      shortest = min(len(tokens), shortest or len(tokens))
       continue
     own = 1.0 if loss_on == "all" else 0.0
     weight = (own,) * len(prompt) + (1.0,) * len(completion)
     out.append(TokenRow(tokens, (0.0, *weight[1:])))
   if not out:
     raise DataError(
-      f"all {len(whole)} training rows are longer than max_length={max_length} tokens"
+      f"all {len(whole)} training rows are longer than max_length={max_length} tokens, "
+      f"the shortest has {shortest}: raise max_length, up to the model's positions"
     )
   for dropped, reason in (
     (len(rows) - len(whole), "have an empty completion"),

@@ -145,7 +145,9 @@ def usable(
     f"max_new_tokens={max_new_tokens} leaves of the model's {longest(1)} positions"
   )
   if not any(fits):
-    raise DataError(f"all {what}")
+    short = min(map(len, prompts))
+    cure = f"; the shortest has {short}: lower max_new_tokens" if short else ""
+    raise DataError(f"all {what}{cure}")
   if out := [e.id for e, good in zip(examples, fits) if not good]:
     more = ", ..." if len(out) > 8 else ""
     ids = ", ".join(map(str, out[:8])) + more
