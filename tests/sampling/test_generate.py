@@ -304,6 +304,7 @@ def test_forced_tokens_open_the_completion(policy):
     assert one[: len(other)] == other[: len(one)] or len(one) == 1
 
 
+@pytest.mark.slow
 def test_forced_tokens_enter_again_after_each_mark(policy):
   """As sampling step by step would do it, with a prompt that grows by every step."""
   marks, label = ["d", "ab", "h"], [30, 31]
