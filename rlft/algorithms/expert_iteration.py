@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -332,7 +333,7 @@ def run(
     if stop and not progress.over(config):
       saving.end(done)
 
-  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples, grows=True)
+  same = functools.partial(prompt_set.check, examples=examples, grows=True)
   found = saving.restore(arrays(), same) if saving is not None else None
   if found is not None:
     progress = _Progress.of(found.meta)

@@ -24,7 +24,6 @@ Letters: B rows, T tokens, C completion columns.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlft.core import hosts, rng
-from rlft.core.errors import ConfigError, check_kind
+from rlft.core.errors import ConfigError, check_kind, nearest
 from rlft.core.types import Reward, Rollout
 from rlft.models.decoder import Decoder
 from rlft.models.hub import Policy
@@ -206,9 +205,7 @@ def _meant(name: str, names: list[str]) -> str:
   for part, owner in (("loss", GRPOLoss), ("optimizer", OptimizerConfig)):
     if any(name == field.name for field in dataclasses.fields(owner)):
       return f"; it is one of {part}={owner.__name__}({name}=...)"
-  near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"{hint} (settings: {', '.join(names)})"
+  return nearest(name, names, "settings")
 
 
 def preset(name: str, **changes: Any) -> GRPOConfig:
@@ -221,8 +218,9 @@ def preset(name: str, **changes: Any) -> GRPOConfig:
   if name not in _PRESETS:
     raise ConfigError(f"preset {name!r}: choose one of {tuple(_PRESETS)}")
   names = [field.name for field in dataclasses.fields(GRPOConfig)]
-  for one in changes.keys() - set(names):
-    raise ConfigError(f"GRPO has no setting {one!r}{_meant(one, names)}")
+  for one in changes:
+    if one not in names:
+      raise ConfigError(f"GRPO has no setting {one!r}{_meant(one, names)}")
   settings, loss = _PRESETS[name]
   return GRPOConfig(**{"loss": GRPOLoss(**loss), **settings, **changes})
 

@@ -436,7 +436,7 @@ def _once(
   examples: Sequence[Example],
 ) -> tuple[list[Labelled], dict[str, Any]]:
   """The labelled solutions and their statistics: made, or those that were saved."""
-  same = lambda meta: prompt_set.check(meta.get("prompts", {}), examples)
+  same = functools.partial(prompt_set.check, examples=examples)
   found = saving.restore({}, same) if saving is not None else None
   if found is not None:
     plain = lambda x: tuple(x) if isinstance(x, list) else x  # JSON has no tuples

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rlft.cli import fields, unused
 from rlft.cli.overrides import Overrides, apply_overrides
 from rlft.cli.typed import to_dataclass
-from rlft.core.errors import ConfigError
+from rlft.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
@@ -149,9 +149,7 @@ def load(spec: str) -> ConfigDict:
   path = Path(os.path.expanduser(name))
   if not path.is_file():
     siblings = sorted(map(str, path.parent.glob("*.py")))
-    raise ConfigError(
-      f"no config file {name!r}{fields.nearest(str(path), siblings, 'files')}"
-    )
+    raise ConfigError(f"no config file {name!r}{nearest(str(path), siblings, 'files')}")
   if path.suffix != ".py":
     raise ConfigError(f"config file {name!r} is not Python: give a .py file")
   # Absolute: the lines of a traceback are found by the file's name.

@@ -247,13 +247,6 @@ def _alike(path: str, paths: list[str]) -> list[str]:
   return sorted(paths, key=likeness, reverse=True)
 
 
-def nearest(name: str, names: list[str], what: str) -> str:
-  """The end of an error message: the nearest name, then all of them."""
-  near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-  hint = f"; did you mean {near[0]!r}?" if near else ""
-  return f"{hint} ({what}: {', '.join(names)})" if names else hint
-
-
 def short(value: Any) -> str:
   """A value for an error message: of a long one its beginning."""
   text = repr(value)

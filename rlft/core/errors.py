@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,3 +59,10 @@ def check_kind(name: str, value: Any, kind: type, cure: str) -> None:
   """Raises `ConfigError` where an argument is of another kind than its name says."""
   if not isinstance(value, kind):
     raise ConfigError(f"{name} is {value!r:.100}, and no {kind.__name__}: {cure}")
+
+
+def nearest(name: str, names: list[str], what: str) -> str:
+  """The end of an error message: the nearest name, then all of them."""
+  near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  hint = f"; did you mean {near[0]!r}?" if near else ""
+  return f"{hint} ({what}: {', '.join(names)})" if names else hint

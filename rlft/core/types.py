@@ -45,7 +45,8 @@ class Verdict:
     consistent: whether every worked step is valid and leads to the answer; None when
       the task cannot tell. Correct but not consistent is a "lucky" solution.
     chain: the canonical sequence of operations; None when it cannot be read.
-    judged: False where it could not be judged, which no method takes for wrong.
+    judged: False where it could not be judged: no method trains on it, and an
+      evaluation counts it as wrong, beside how many there are.
   """
 
   answer: str | None

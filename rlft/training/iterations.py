@@ -165,7 +165,7 @@ def loop(
 
   def same(meta):
     if not saving.other_prompts:
-      prompt_set.check(meta.get("prompts", {}), examples, **order)
+      prompt_set.check(meta, examples, **order)
 
   found = saving.restore(arrays(), same) if saving is not None else None
   if found is not None:

@@ -27,7 +27,7 @@ def facts(examples: Sequence[Example], **order: int) -> dict[str, Any]:
 
 
 def check(
-  saved: Mapping[str, Any],
+  meta: Mapping[str, Any],
   examples: Sequence[Example],
   grows: bool = False,
   **order: int,
@@ -35,10 +35,11 @@ def check(
   """Raises `CheckpointError` where a run cannot go on with these prompts.
 
   Args:
-    saved: the `facts` that were saved; {} of a run that did not.
+    meta: what was saved; its "prompts" are the `facts`, which old runs lack.
     examples, order: as in `facts`, of now.
     grows: whether prompts may have been added behind those of the run.
   """
+  saved = meta.get("prompts")
   if not saved:
     return
   for name, value in order.items():
