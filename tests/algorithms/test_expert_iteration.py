@@ -562,7 +562,10 @@ def test_leak_control_shuffled_answers_are_not_found(start, examples):
 
 def test_a_prompt_beyond_the_budget_is_left_out_by_name(start, examples, caplog):
   long = dataclasses.replace(examples[1], prompt="1" * 100)
-  with pytest.raises(DataError, match=r"all of 1 prompts are .* longer than the 80"):
+  with pytest.raises(
+    DataError,
+    match=r"all of 1 prompts .* than the 80 .*; the shortest has \d+: lower max_new",
+  ):
     ei.run(start, [long], arithmetic.judge, REAL)
   result = ei.run(start, [examples[0], long], arithmetic.judge, REAL, sft_rows=ROWS)
   assert result.rounds[0]["samples"] == REAL.samples_per_prompt
